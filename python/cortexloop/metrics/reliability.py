@@ -123,12 +123,9 @@ def repeat_counts(raw: ArrayLike, *, repeats: Repeats = "published") -> Values:
     if repeats == "harmonic":
         shown = count > 0
         return divide(shown.sum(-1).astype(np.float64), np.where(shown, 1.0 / np.maximum(count, 1), 0.0).sum(-1))
-    rows = count.reshape(-1, count.shape[-1])
-    if repeats == "published":
-        counted: Values = np.full(count.shape[:-1], _median_shown(rows[0]) if len(rows) else np.nan)
-        return counted
-    medians: Values = np.array([_median_shown(row) for row in rows], dtype=np.float64)
-    return medians.reshape(count.shape[:-1])
+    rows = [_median_shown(row) for row in np.atleast_2d(count)]
+    medians: Values = np.array(rows[:1] * len(rows) if repeats == "published" else rows, dtype=np.float64)
+    return medians if count.ndim > 1 else medians[0:1].reshape(())
 
 
 def split_half(raw: ArrayLike, *, splits: int = 50, seed: int = 0, spearman_brown: bool = False) -> Values:
