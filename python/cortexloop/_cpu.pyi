@@ -1,0 +1,67 @@
+"""The compiled CPU kernels: integers in, memory written. Call them through `cortexloop._native`, which checks pointers.
+
+Common arguments: images (address; dtype 0 = uint8 RGB 0..255, 1 = float32 recentred; layout 0 = NHWC, 1 = NCHW; batch,
+height, width), packed weights (address of float32, length), table (address of int64, models, columns) and pairs (address
+of int64 [batch], 0 = every image with every model). All functions release the GIL and raise ValueError or RuntimeError.
+"""
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def fast_supported() -> bool: ...
+def bank_unsupported(table: int, models: int, columns: int) -> str: ...
+def bank_forward(
+    images: int,
+    dtype: int,
+    layout: int,
+    batch: int,
+    height: int,
+    width: int,
+    weights: int,
+    weights_length: int,
+    table: int,
+    models: int,
+    columns: int,
+    pairs: int,
+    precision: int,
+    out: int,
+) -> None: ...
+def bank_input_gradient(
+    images: int,
+    dtype: int,
+    layout: int,
+    batch: int,
+    height: int,
+    width: int,
+    weights: int,
+    weights_length: int,
+    table: int,
+    models: int,
+    columns: int,
+    pairs: int,
+    cotangent: int,
+    grad: int,
+    responses: int,
+) -> None: ...
+
+class BankPlan:
+    def __init__(
+        self,
+        images: int,
+        dtype: int,
+        layout: int,
+        batch: int,
+        height: int,
+        width: int,
+        weights: int,
+        weights_length: int,
+        table: int,
+        models: int,
+        columns: int,
+        pairs: int,
+        precision: int,
+        out: int,
+    ) -> None: ...
+    def run(self) -> None: ...

@@ -1,0 +1,184 @@
+"""The only importer of the compiled module `_cpu`: availability with a reason, checked pointers, typed wrappers.
+
+The kernels know neither torch nor NumPy; they get addresses and sizes. Everything an address promises (type, shape,
+device, contiguity) is checked here, because C++ cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cortexloop import _cpu as cpu_module
+
+DTYPE_CODES = {torch.uint8: 0, torch.float32: 1}
+LAYOUT_CODES = {"NHWC": 0, "NCHW": 1}
+PRECISION_CODES = {"exact": 0, "fast": 1}
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the compiled kernels can be loaded, else one sentence why not."""
+    if importlib.util.find_spec("cortexloop._cpu") is None:
+        return (
+            "cortexloop was installed without its C++ kernels (no working C++ compiler at install time); "
+            "install a compiler and reinstall cortexloop"
+        )
+    return None
+
+
+@functools.cache
+def cpu() -> Any:
+    """The compiled module `cortexloop._cpu`, loaded when first asked for.
+
+    Raises:
+        RuntimeError: the module was not built; the sentence is `unavailable()`.
+    """
+    reason = unavailable()
+    if reason:
+        raise RuntimeError(reason)
+    return importlib.import_module("cortexloop._cpu")
+
+
+def isas() -> list[str]:
+    """Instruction sets compiled in and runnable here, weakest first."""
+    names: list[str] = cpu().isas()
+    return names
+
+
+def isa() -> str:
+    """The instruction set in force."""
+    name: str = cpu().isa()
+    return name
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set by name.
+
+    Raises:
+        ValueError: not compiled in, or not runnable on this processor.
+    """
+    cpu().set_isa(name)
+
+
+def num_threads() -> int:
+    """Threads the kernels use."""
+    n: int = cpu().num_threads()
+    return n
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads the kernels use (at least 1)."""
+    cpu().set_num_threads(n)
+
+
+def fast_supported() -> bool:
+    """Whether the instruction set in force has a reduced-precision forward."""
+    supported: bool = cpu().fast_supported()
+    return supported
+
+
+def pointer(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu") -> int:
+    """The address of a tensor that is exactly what the kernel expects.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong device or shape, or not contiguous. Nothing is repaired here; copies are made, visibly, by
+            `cortexloop.functional`.
+    """
+    if x.dtype != dtype:
+        raise TypeError(f"{name} should be {dtype}, got {x.dtype}")
+    if x.device.type != device:
+        raise ValueError(f"{name} should be on {device}, got {x.device}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} should have shape {list(shape)}, got {list(x.shape)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} should be contiguous, got strides {list(x.stride())}")
+    return x.data_ptr()
+
+
+def bank_unsupported(table: Tensor) -> str | None:
+    """None where the kernels take this bank, else one sentence why not. `table`: int64 [N, fields]."""
+    n, fields = table.shape
+    sentence: str = cpu().bank_unsupported(pointer(table, "table", torch.int64, (n, fields)), n, fields)
+    return sentence or None
+
+
+def _arguments(images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str) -> tuple[int, ...]:
+    """The arguments shared by all bank functions, from `images_ptr` to `pairs_ptr`."""
+    batch = images.shape[0]
+    height, width = images.shape[1:3] if layout == "NHWC" else images.shape[2:4]
+    shape = (batch, height, width, 3) if layout == "NHWC" else (batch, 3, height, width)
+    if images.dtype not in DTYPE_CODES:
+        raise TypeError(f"images should be torch.uint8 or torch.float32, got {images.dtype}")
+    n, fields = table.shape
+    return (
+        pointer(images, "images", images.dtype, shape),
+        DTYPE_CODES[images.dtype],
+        LAYOUT_CODES[layout],
+        batch,
+        height,
+        width,
+        pointer(weights, "weights", torch.float32, (weights.numel(),)),
+        weights.numel(),
+        pointer(table, "table", torch.int64, (n, fields)),
+        n,
+        fields,
+        0 if pairs is None else pointer(pairs, "pairs", torch.int64, (batch,)),
+    )
+
+
+def response_shape(batch: int, table: Tensor, pairs: Tensor | None) -> tuple[int, ...]:
+    """[B, N], or [B] with pairs."""
+    return (batch, table.shape[0]) if pairs is None else (batch,)
+
+
+def bank_forward(
+    images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str, out: Tensor
+) -> None:
+    """Write the responses to `out`, float32 [B, N] or [B]. Images: uint8 or float32 [B, H, W, 3] or [B, 3, H, W]."""
+    shape = response_shape(images.shape[0], table, pairs)
+    cpu().bank_forward(
+        *_arguments(images, weights, table, pairs, layout),
+        PRECISION_CODES[precision],
+        pointer(out, "out", torch.float32, shape),
+    )
+
+
+def bank_input_gradient(
+    images: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    pairs: Tensor | None,
+    cotangent: Tensor,
+    layout: str,
+    grad: Tensor,
+    responses: Tensor,
+) -> None:
+    """Write d sum(cotangent * responses) / d images to `grad` (float32, shape of images), and the responses."""
+    shape = response_shape(images.shape[0], table, pairs)
+    cpu().bank_input_gradient(
+        *_arguments(images, weights, table, pairs, layout),
+        pointer(cotangent, "cotangent", torch.float32, shape),
+        pointer(grad, "grad", torch.float32, tuple(images.shape)),
+        pointer(responses, "responses", torch.float32, shape),
+    )
+
+
+def bank_plan(
+    images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str, out: Tensor
+) -> cpu_module.BankPlan:
+    """Bind all pointers once. The caller keeps every tensor alive and in place for as long as the plan."""
+    shape = response_shape(images.shape[0], table, pairs)
+    plan: cpu_module.BankPlan = cpu().BankPlan(
+        *_arguments(images, weights, table, pairs, layout),
+        PRECISION_CODES[precision],
+        pointer(out, "out", torch.float32, shape),
+    )
+    return plan

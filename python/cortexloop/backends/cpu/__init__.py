@@ -1,0 +1,1 @@
+"""The fused C++ kernels, reached through `cortexloop._native`."""

@@ -1,0 +1,230 @@
+"""Which backend runs a problem: an ordered list per device in which each backend says why it would not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cortexloop.packing import LayerField, ModelField
+
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+"""Fastest first, for each device type; every other device is served by the reference alone."""
+
+NAMES = ("cpu", "reference")
+OPS = ("bank_forward", "bank_input_gradient")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the problem; the message is its reason."""
+
+
+class BackendWarning(UserWarning):
+    """`backend="auto"` fell through to a slower backend; the message names it and gives the reason."""
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """What a table says, hashable. `table`: its bytes (empty if it is not in host memory)."""
+
+    models: int
+    columns: int
+    max_channels: int
+    table: bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a backend may decide on; no tensors.
+
+    `bank` is None if only the availability of a backend is of interest.
+    """
+
+    op: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    layout: str = "NHWC"
+    precision: str = "exact"
+    bank: BankShape | None = None
+
+
+class Backend(Protocol):
+    """An implementation of the operators in `OPS`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """None = can run; else one sentence for people."""
+
+    def note(self, problem: Problem) -> str | None:
+        """What a user should know about how it would run (for example: "fast" runs exactly), or None."""
+
+    def bank_forward(
+        self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str
+    ) -> Tensor: ...
+
+    def bank_input_gradient(
+        self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of an explanation: `reason` says why the backend would not run, `note` how it would."""
+
+    backend: str
+    chosen: bool
+    reason: str | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run, and why the others would not. `str()` gives a readable table."""
+
+    op: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def chosen(self) -> str:
+        """The name of the backend that would run."""
+        return next(v.backend for v in self.verdicts if v.chosen)
+
+    def reason(self, backend: str) -> str | None:
+        """Why `backend` would not run; None if it could."""
+        for verdict in self.verdicts:
+            if verdict.backend == backend:
+                return verdict.reason
+        return f"the {backend} backend does not serve this device"
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}:"]
+        for v in self.verdicts:
+            state = "runs" if v.chosen else ("could run" if v.reason is None else "cannot run")
+            detail = v.reason or v.note
+            lines.append(f"  {v.backend:<10} {state}{': ' + detail if detail else ''}")
+        return "\n".join(lines)
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    """The backend of this name, imported when first asked for.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend should be one of {', '.join(map(repr, ('auto', *NAMES)))}, got {name!r}")
+    module = importlib.import_module(f"cortexloop.backends.{name}.bank")
+    found: Backend = module.BACKEND
+    return found
+
+
+_shapes = WeakTensorKeyDictionary()
+_shapes_lock = threading.Lock()
+
+
+def bank_shape(table: Tensor) -> BankShape:
+    """The hashable description of a table, int64 [N, columns]; computed once per tensor, since tables are never written.
+
+    Raises:
+        ValueError, TypeError: not a table as `cortexloop.packing.pack` makes it.
+    """
+    with _shapes_lock:
+        known: BankShape | None = _shapes.get(table)
+    if known is not None:
+        return known
+    first, width = len(ModelField), len(LayerField)
+    if table.dtype != torch.int64:
+        raise TypeError(f"table should be torch.int64, got {table.dtype}")
+    if table.ndim != 2 or table.shape[0] < 1 or (table.shape[1] - first) % width or table.shape[1] <= first:
+        raise ValueError(f"table should be [N, {first} + {width} * layers] with N >= 1, got {list(table.shape)}")
+    if not table.is_contiguous():
+        raise ValueError(f"table should be contiguous, got strides {list(table.stride())}")
+    host = table.detach().cpu()
+    shape = BankShape(
+        models=table.shape[0],
+        columns=table.shape[1],
+        max_channels=int(host[:, first + LayerField.OUT_CHANNELS :: width].max()),
+        table=host.numpy().tobytes() if table.device.type == "cpu" else b"",
+    )
+    with _shapes_lock:
+        _shapes[table] = shape
+    return shape
+
+
+@functools.lru_cache(maxsize=256)
+def _first_supported(problem: Problem) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The first backend in order that takes the problem, and the (name, reason) of each one passed over."""
+    passed: list[tuple[str, str]] = []
+    for name in ORDER.get(problem.device, ("reference",)):
+        reason = backend(name).unsupported(problem)
+        if reason is None:
+            return name, tuple(passed)
+        passed.append((name, reason))
+    raise BackendError("; ".join(f"{name}: {reason}" for name, reason in passed))
+
+
+_warned: set[str] = set()
+
+
+def select(problem: Problem, name: str = "auto") -> Backend:
+    """The backend that runs the problem.
+
+    "auto" takes the first of `ORDER` without a reason against it, and warns once per distinct reason if that is not the
+    fastest one. Any other name is taken at its word.
+
+    Raises:
+        BackendError: the named backend cannot run the problem.
+        ValueError: there is no backend of that name.
+    """
+    if name == "auto":
+        chosen, passed = _first_supported(problem)
+        for other, reason in passed:
+            if reason not in _warned:
+                _warned.add(reason)
+                warnings.warn(
+                    f"the slower {chosen!r} backend is used instead of {other!r}: {reason}",
+                    BackendWarning,
+                    stacklevel=2,
+                )
+        return backend(chosen)
+    found = backend(name)
+    reason = found.unsupported(problem)
+    if reason is not None:
+        raise BackendError(f"the {name!r} backend cannot run {problem.op}: {reason}")
+    return found
+
+
+def explain(problem: Problem, name: str = "auto") -> Explanation:
+    """The verdict of every backend that serves the problem's device, fastest first. Never warns.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    names = ORDER.get(problem.device, ("reference",))
+    if name != "auto" and backend(name).name not in names:
+        names = (name, *names)
+    reasons = {other: backend(other).unsupported(problem) for other in names}
+    wanted = _first_supported(problem)[0] if name == "auto" else name
+    return Explanation(
+        op=problem.op,
+        verdicts=tuple(
+            Verdict(
+                backend=other,
+                chosen=other == wanted and reason is None,
+                reason=reason,
+                note=None if reason else backend(other).note(problem),
+            )
+            for other, reason in reasons.items()
+        ),
+    )

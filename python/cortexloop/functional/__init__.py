@@ -1,0 +1,20 @@
+"""Public stateless functions on model banks: they check arguments, convert kinds, and call the operators.
+
+May import: `ops`, `bank`, `images`, `weights`, and `_native` for the number of threads.
+"""
+
+from __future__ import annotations
+
+from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.settings import current_backend, explain, get_num_threads, set_num_threads, use_backend
+
+__all__ = [
+    "activations",
+    "current_backend",
+    "explain",
+    "get_num_threads",
+    "input_gradient",
+    "responses",
+    "set_num_threads",
+    "use_backend",
+]

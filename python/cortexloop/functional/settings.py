@@ -1,0 +1,129 @@
+"""Which backend, how many threads, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import numpy as np
+import torch
+
+from cortexloop import _native, ops
+from cortexloop.bank import ModelBank
+
+_backend: ContextVar[str] = ContextVar("cortexloop_backend", default="auto")
+
+
+def check_backend(name: str) -> str:
+    """`name` if it is "auto" or a backend.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name not in ("auto", *ops.NAMES):
+        raise ValueError(f"backend should be one of {', '.join(map(repr, ('auto', *ops.NAMES)))}, got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """What `backend="auto"` means here: "auto", or the name given to the innermost `use_backend`."""
+    return _backend.get()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, `backend="auto"` means this backend. Holds for the current thread or task only.
+
+    Args:
+        name: "cpu", "reference", or "auto" to choose by problem again.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    token = _backend.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads evaluate a bank (process-wide; at the start `CORTEXLOOP_NUM_THREADS`, else all processors).
+
+    Results do not depend on it, bit for bit. Without the C++ kernels this sets torch's number of threads, since torch
+    then does the work.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: less than 1.
+    """
+    count = operator.index(n)
+    if count < 1:
+        raise ValueError(f"the number of threads should be at least 1, got {count}")
+    if _native.unavailable() is None:
+        _native.set_num_threads(count)
+    else:
+        torch.set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """How many threads evaluate a bank."""
+    return _native.num_threads() if _native.unavailable() is None else torch.get_num_threads()
+
+
+def as_torch_dtype(dtype: str | torch.dtype | np.dtype | type) -> torch.dtype:
+    """A dtype given by name or as NumPy's or torch's.
+
+    Raises:
+        TypeError: torch has no such type.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = np.dtype(dtype).name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"torch has no type {name}")
+    return found
+
+
+def explain(
+    op: str = "bank_forward",
+    bank: ModelBank | None = None,
+    *,
+    batch: int = 1,
+    dtype: str | torch.dtype | np.dtype | type = "uint8",
+    layout: str = "NHWC",
+    precision: str = "exact",
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> ops.Explanation:
+    """Which backend would run a call, and why not the others.
+
+    Args:
+        op: "bank_forward" (`responses`) or "bank_input_gradient" (`input_gradient`).
+        bank: the bank, or None to ask about availability only.
+        batch, dtype, layout, precision, device: the images and options of the call.
+        backend: "auto" or a name, as given to the call.
+
+    Returns:
+        An `Explanation`: `.chosen`, `.reason(name)`, `.verdicts`, and a readable `str()`.
+
+    Raises:
+        ValueError: unknown operator or backend.
+        BackendError: no backend can run it.
+    """
+    if op not in ops.OPS:
+        raise ValueError(f"op should be one of {', '.join(map(repr, ops.OPS))}, got {op!r}")
+    name = current_backend() if backend == "auto" else backend
+    problem = ops.Problem(
+        op=op,
+        device=torch.device(device).type,
+        dtype=as_torch_dtype(dtype),
+        batch=batch,
+        layout=layout,
+        precision=precision,
+        bank=None if bank is None else ops.bank_shape(bank.table),
+    )
+    return ops.explain(problem, check_backend(name))

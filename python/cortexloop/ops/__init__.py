@@ -1,0 +1,35 @@
+"""Torch operators: schema, fake implementation, autograd. One operator per model bank and direction.
+
+The backend is an argument, so that a traced graph shows it. May import: `backends`, `packing`, torch.
+"""
+
+from __future__ import annotations
+
+from cortexloop.backends.registry import (
+    NAMES,
+    OPS,
+    BackendError,
+    BackendWarning,
+    Explanation,
+    Problem,
+    bank_shape,
+    explain,
+    select,
+)
+from cortexloop.ops.bank import bank_activations, bank_forward, bank_input_gradient, problem
+
+__all__ = [
+    "NAMES",
+    "OPS",
+    "BackendError",
+    "BackendWarning",
+    "Explanation",
+    "Problem",
+    "bank_activations",
+    "bank_forward",
+    "bank_input_gradient",
+    "bank_shape",
+    "explain",
+    "problem",
+    "select",
+]
