@@ -20,7 +20,7 @@ def _channel_axis(images: NDArray[np.generic] | torch.Tensor, layout: str) -> in
     axis = -1 if layout == "NHWC" else -3
     if images.ndim < -axis or images.shape[axis] != 3:
         raise ValueError(
-            f"layout {layout!r} expects 3 channels (R, G, B) in axis {axis}, got an array of shape {tuple(images.shape)}"
+            f"layout {layout!r} has 3 channels (R, G, B) in axis {axis}, got an array of shape {tuple(images.shape)}"
         )
     return axis
 
@@ -82,5 +82,6 @@ def to_pixels(
     if isinstance(images, torch.Tensor):
         pixels = (images + torch.from_numpy(shift).to(images.device)).clamp(0, 255)
         return pixels.round().to(torch.uint8) if dtype == "uint8" else pixels.to(torch.float32)
-    raw = np.clip(images + shift, 0, 255)
-    return np.rint(raw).astype(np.uint8) if dtype == "uint8" else raw.astype(np.float32)
+    raw = np.clip(np.add(images, shift), 0, 255)
+    result: NDArray[np.generic] = (np.rint(raw) if dtype == "uint8" else raw).astype(dtype)
+    return result

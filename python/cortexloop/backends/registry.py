@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import threading
 import warnings
+from collections.abc import Iterator, MutableMapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,18 +132,18 @@ def backend(name: str) -> Backend:
     return found
 
 
-_shapes = WeakTensorKeyDictionary()
+_shapes: MutableMapping[Tensor, BankShape] = WeakTensorKeyDictionary()
 _shapes_lock = threading.Lock()
 
 
 def bank_shape(table: Tensor) -> BankShape:
-    """The hashable description of a table, int64 [N, columns]; computed once per tensor, since tables are never written.
+    """The hashable description of a table, int64 [N, columns]; computed once per tensor: tables are never written.
 
     Raises:
         ValueError, TypeError: not a table as `cortexloop.packing.pack` makes it.
     """
     with _shapes_lock:
-        known: BankShape | None = _shapes.get(table)
+        known = _shapes.get(table)
     if known is not None:
         return known
     first, width = len(ModelField), len(LayerField)
@@ -174,19 +177,44 @@ def _first_supported(problem: Problem) -> tuple[str, tuple[tuple[str, str], ...]
     raise BackendError("; ".join(f"{name}: {reason}" for name, reason in passed))
 
 
+_preferred: ContextVar[str] = ContextVar("cortexloop_backend", default="auto")
 _warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, `backend="auto"` means this backend. Holds for the current thread or task only.
+
+    "auto" is looked up each time an operator runs, so the block also governs functions compiled by `torch.compile`
+    that are called within it (enter it outside of them), and a backward pass that runs within it.
+
+    Args:
+        name: "cpu", "reference", or "auto" to choose by problem again.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if name != "auto":
+        backend(name)
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def select(problem: Problem, name: str = "auto") -> Backend:
     """The backend that runs the problem.
 
-    "auto" takes the first of `ORDER` without a reason against it, and warns once per distinct reason if that is not the
-    fastest one. Any other name is taken at its word.
+    "auto" takes the backend of `use_backend` or else the first of `ORDER` without a reason against it, and warns once
+    per distinct reason if that is not the fastest one. Any other name is taken at its word.
 
     Raises:
         BackendError: the named backend cannot run the problem.
         ValueError: there is no backend of that name.
     """
+    if name == "auto":
+        name = _preferred.get()
     if name == "auto":
         chosen, passed = _first_supported(problem)
         for other, reason in passed:
@@ -199,9 +227,9 @@ def select(problem: Problem, name: str = "auto") -> Backend:
                 )
         return backend(chosen)
     found = backend(name)
-    reason = found.unsupported(problem)
-    if reason is not None:
-        raise BackendError(f"the {name!r} backend cannot run {problem.op}: {reason}")
+    against = found.unsupported(problem)
+    if against is not None:
+        raise BackendError(f"the {name!r} backend cannot run {problem.op}: {against}")
     return found
 
 
@@ -211,6 +239,8 @@ def explain(problem: Problem, name: str = "auto") -> Explanation:
     Raises:
         ValueError: there is no backend of that name.
     """
+    if name == "auto":
+        name = _preferred.get()
     names = ORDER.get(problem.device, ("reference",))
     if name != "auto" and backend(name).name not in names:
         names = (name, *names)

@@ -6,11 +6,11 @@ May import: `ops`, `bank`, `images`, `weights`, and `_native` for the number of 
 from __future__ import annotations
 
 from cortexloop.functional.bank import activations, input_gradient, responses
-from cortexloop.functional.settings import current_backend, explain, get_num_threads, set_num_threads, use_backend
+from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
+from cortexloop.ops import use_backend
 
 __all__ = [
     "activations",
-    "current_backend",
     "explain",
     "get_num_threads",
     "input_gradient",

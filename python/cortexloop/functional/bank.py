@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cortexloop import ops
 from cortexloop.bank import ModelBank
-from cortexloop.functional.settings import check_backend, current_backend
 from cortexloop.packing import ModelField
 
 NumpyArray = NDArray[Any]
@@ -31,9 +30,9 @@ def _check_numpy_images(images: NumpyArray) -> Tensor:
     if images.dtype.kind not in "uif" or images.dtype.itemsize > 8:
         raise TypeError(f"images should be uint8, float32 or float64, got {images.dtype}")
     if images.dtype.kind == "f" and images.ndim == 4:
-        bad = ~np.isfinite(images).all(axis=(1, 2, 3))
-        if bad.any():
-            raise ValueError(f"image {int(np.argmax(bad))} holds NaN or infinity ({int(bad.sum())} of {len(bad)} do)")
+        bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+        if bad.size:
+            raise ValueError(f"image {bad[0]} holds NaN or infinity ({bad.size} of {len(images)} images do)")
     if images.dtype.kind in "ui" and images.dtype != np.uint8:
         raise TypeError(_wrong_dtype(str(images.dtype)))
     return as_tensor(images)
@@ -118,10 +117,6 @@ def check_pairs(pairs: Pairs | None, batch: int, bank: ModelBank) -> Tensor | No
     return tensor.contiguous()
 
 
-def _backend_name(backend: str) -> str:
-    return check_backend(current_backend() if backend == "auto" else backend)
-
-
 @overload
 def responses(
     images: Tensor,
@@ -161,7 +156,7 @@ def responses(
         images: [B, H, W, 3], or [B, 3, H, W] for layout "NCHW". uint8 is RGB 0..255 and recentred inside; float32 and
             float64 are recentred values already (about -116..155, see `recenter`) and are not checked for that.
             float64 is computed in float64 (by the reference backend). Arrays that are not contiguous, and read-only
-            NumPy arrays, are copied. NaN: an error for NumPy arrays; torch tensors are not inspected and NaN propagates.
+            NumPy arrays, are copied. NaN: an error in a NumPy array; torch tensors are not inspected, NaN propagates.
         bank: N models; it has to be on the device of the images.
         pairs: [B] positions of models; image i is then shown to model pairs[i] only.
         layout: "NHWC" or "NCHW"; checked, never guessed.
@@ -169,8 +164,8 @@ def responses(
         backend: "auto" takes the fastest that can run this; a name insists on it.
 
     Returns:
-        [B, N], or [B] with pairs, in the models' response units (published models: about z-scored). float32, float64 for
-        float64 images. NumPy for NumPy, torch for torch.
+        [B, N], or [B] with pairs, in the models' response units (published models: about z-scored). float32, or float64
+        for float64 images. NumPy for NumPy, torch for torch.
 
     Raises:
         TypeError: images of another dtype, or pairs that are not integers.
@@ -191,7 +186,7 @@ def responses(
         check_pairs(pairs, tensor.shape[0], bank),
         layout,
         precision,
-        _backend_name(backend),
+        backend,
     )
     return result if isinstance(images, Tensor) else result.numpy()
 
@@ -278,7 +273,7 @@ def input_gradient(
 ) -> NumpyArray | Tensor | tuple[NumpyArray, NumpyArray] | tuple[Tensor, Tensor]:
     """d sum(cotangent * responses) / d images, in response units per grey level.
 
-    Models whose cotangent is exactly 0 for an image cost nothing. The ReLU's derivative at 0 is 0. Always exact precision.
+    Models whose cotangent is exactly 0 for an image cost nothing. The ReLU's derivative at 0 is 0. Always exact.
 
     Args:
         images, bank, pairs, layout, backend: as for `responses`; the images may be uint8.
@@ -305,9 +300,7 @@ def input_gradient(
     index = check_pairs(pairs, tensor.shape[0], bank)
     shape = (tensor.shape[0], len(bank)) if index is None else (tensor.shape[0],)
     weight = _check_cotangent(cotangent, shape, tensor).detach()
-    grad, values = ops.bank_input_gradient(
-        tensor, bank.weights, bank.table, index, weight, layout, _backend_name(backend)
-    )
+    grad, values = ops.bank_input_gradient(tensor, bank.weights, bank.table, index, weight, layout, backend)
     if not isinstance(images, Tensor):
         grad, values = grad.numpy(), values.numpy()
     return (grad, values) if return_responses else grad
@@ -333,9 +326,9 @@ def activations(
     Args:
         images, bank, layout: as for `responses`.
         layer: 0 is the first layer.
-        kind: "activity" is the map after the ReLU; "depthwise" is the output of the depthwise convolution that feeds the
-            layer's pointwise one, without bias (layers >= 1). Linear CKA between models (Kornblith et al. 2019, as used
-            by Cowley et al.) takes "activity" of layer 0 and "depthwise" of the others.
+        kind: "activity" is the map after the ReLU; "depthwise" is the output of the depthwise convolution that feeds
+            the layer's pointwise one, without bias (layers >= 1). Linear CKA between models (Kornblith et al. 2019, as
+            used by Cowley et al.) takes "activity" of layer 0 and "depthwise" of the others.
 
     Returns:
         One array [B, h, w, C] per model, whatever the layout of the images; C differs from model to model. float32

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import numpy as np
 import torch
 
 from cortexloop import _native, ops
 from cortexloop.bank import ModelBank
-
-_backend: ContextVar[str] = ContextVar("cortexloop_backend", default="auto")
-
-
-def check_backend(name: str) -> str:
-    """`name` if it is "auto" or a backend.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if name not in ("auto", *ops.NAMES):
-        raise ValueError(f"backend should be one of {', '.join(map(repr, ('auto', *ops.NAMES)))}, got {name!r}")
-    return name
-
-
-def current_backend() -> str:
-    """What `backend="auto"` means here: "auto", or the name given to the innermost `use_backend`."""
-    return _backend.get()
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block, `backend="auto"` means this backend. Holds for the current thread or task only.
-
-    Args:
-        name: "cpu", "reference", or "auto" to choose by problem again.
-
-    Raises:
-        ValueError: no backend of that name.
-    """
-    token = _backend.set(check_backend(name))
-    try:
-        yield
-    finally:
-        _backend.reset(token)
 
 
 def set_num_threads(n: int) -> None:
@@ -116,7 +78,6 @@ def explain(
     """
     if op not in ops.OPS:
         raise ValueError(f"op should be one of {', '.join(map(repr, ops.OPS))}, got {op!r}")
-    name = current_backend() if backend == "auto" else backend
     problem = ops.Problem(
         op=op,
         device=torch.device(device).type,
@@ -126,4 +87,4 @@ def explain(
         precision=precision,
         bank=None if bank is None else ops.bank_shape(bank.table),
     )
-    return ops.explain(problem, check_backend(name))
+    return ops.explain(problem, backend)

@@ -6,7 +6,6 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 from __future__ import annotations
 
 from cortexloop.backends.registry import (
-    NAMES,
     OPS,
     BackendError,
     BackendWarning,
@@ -15,11 +14,11 @@ from cortexloop.backends.registry import (
     bank_shape,
     explain,
     select,
+    use_backend,
 )
 from cortexloop.ops.bank import bank_activations, bank_forward, bank_input_gradient, problem
 
 __all__ = [
-    "NAMES",
     "OPS",
     "BackendError",
     "BackendWarning",
@@ -32,4 +31,5 @@ __all__ = [
     "explain",
     "problem",
     "select",
+    "use_backend",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_LIB = torch.library.Library("cortexloop", "DEF")
+_LIB = torch.library.Library("cortexloop", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define_op(
@@ -25,8 +25,8 @@ def define_op(
     """
     # Kernels read dense memory: the compiler has to hand over tensors laid out as in eager mode.
     schema = name + torch.library.infer_schema(impl, mutates_args=())
-    _LIB.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    _LIB.impl(name, impl, "CompositeExplicitAutograd")
+    _LIB.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))  # type: ignore[no-untyped-call]
+    _LIB.impl(name, impl, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"cortexloop::{name}", fake, lib=_LIB)
     if backward is None:
 

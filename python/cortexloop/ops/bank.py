@@ -5,7 +5,7 @@
     pairs    int64 [B] or None: image i with model pairs[i] only
     result   float32 (float64 for float64 images) [B, N], or [B] with pairs
 
-Checks that need values rather than shapes (`pairs` in range) live here, where tensors are real even under torch.compile.
+Checks that need values rather than shapes (`pairs` in range) live here, where tensors are real even if compiled.
 """
 
 from __future__ import annotations
@@ -144,13 +144,11 @@ def _gradient_fake(
 
 
 bank_input_gradient = define_op("bank_input_gradient", _gradient, fake=_gradient_fake)
-bank_forward = define_op(
-    "bank_forward", _forward, fake=_forward_fake, setup_context=_setup_context, backward=_backward
-)
+bank_forward = define_op("bank_forward", _forward, fake=_forward_fake, setup_context=_setup_context, backward=_backward)
 
 
 def bank_activations(
     images: Tensor, weights: Tensor, table: Tensor, layer: int, kind: str, layout: str
 ) -> list[Tensor]:
-    """One map [B, h, w, C] per model, from the reference backend; a plain function, not an operator: it is for analysis."""
+    """One map [B, h, w, C] per model, from the reference backend. For analysis; not an operator."""
     return [REFERENCE.bank_activations(images, weights, row, layer, kind, layout) for row in table.tolist()]

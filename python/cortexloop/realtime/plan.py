@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from cortexloop import _native, ops
 from cortexloop.bank import ModelBank
 from cortexloop.functional.bank import Pairs, check_pairs
-from cortexloop.functional.settings import check_backend, current_backend
 
 
 class Plan:
@@ -78,11 +77,10 @@ class Plan:
         self.images: NDArray[Any] = self._images.numpy()
         self.responses: NDArray[np.float32] = self._responses.numpy()
         # One call through the operator checks everything, warns where it must, and touches the pages.
-        name = check_backend(current_backend() if backend == "auto" else backend)
         arguments = (self._images, bank.weights, bank.table, self._pairs, layout, precision)
-        ops.bank_forward(*arguments, name)
+        ops.bank_forward(*arguments, backend)
         problem = ops.problem("bank_forward", self._images, bank.table, layout=layout, precision=precision)
-        chosen = ops.select(problem, name)
+        chosen = ops.select(problem, backend)
         self.backend = chosen.name
         self._run: Callable[[], Any]
         if chosen.name == "cpu":

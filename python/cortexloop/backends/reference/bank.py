@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from cortexloop.backends.registry import Problem
 from cortexloop.packing import LayerField, ModelField, layer_fields, padded
@@ -56,9 +55,13 @@ class Layer:
         if self.pointwise is not None:
             grad = torch.einsum("bohw,oc->bchw", grad, self.pointwise[:, :, 0, 0])
         left, right, top, bottom = self.padding
-        channels = self.spatial.shape[1] * self.groups
-        size = (grad.shape[0], channels, height + top + bottom, width + left + right)
-        full = conv2d_input(size, self.spatial, grad.contiguous(), stride=self.stride, groups=self.groups)
+        k = self.spatial.shape[2]
+        # Rows and columns behind the last stride, which the convolution never read (k = 1, stride 2, even size).
+        unread_h = height + top + bottom - ((grad.shape[2] - 1) * self.stride + k)
+        unread_w = width + left + right - ((grad.shape[3] - 1) * self.stride + k)
+        full = F.conv_transpose2d(
+            grad, self.spatial, stride=self.stride, output_padding=(unread_h, unread_w), groups=self.groups
+        )
         return full[:, :, top : top + height, left : left + width]
 
 
