@@ -1,0 +1,127 @@
+// The module cortexloop._cpu: integers in, one call without the GIL, an exception on a bad status. No logic here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+
+#include "cortexloop/bank.h"
+#include "cortexloop/parallel.h"
+
+namespace py = pybind11;
+using namespace cortexloop;
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(Status status) {
+  if (status == Status::ok) return;
+  if (status == Status::invalid_argument) throw py::value_error(last_error());
+  PyErr_SetString(PyExc_MemoryError, last_error());
+  throw py::error_already_set();
+}
+
+BankView bank_view(std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
+                   std::int64_t table_stride) {
+  return {pointer<const float>(weights), weights_size, pointer<const std::int64_t>(table), n_models, table_stride};
+}
+
+ImagesView images_view(std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
+                       std::int64_t width) {
+  return {pointer<const void>(images), static_cast<PixelType>(type), static_cast<ImageLayout>(layout), batch, height, width};
+}
+
+BankForwardArgs forward_args(std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
+                             std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
+                             std::int64_t n_models, std::int64_t table_stride, std::uintptr_t pairs, int precision,
+                             std::uintptr_t responses) {
+  return {bank_view(weights, weights_size, table, n_models, table_stride),
+          images_view(images, type, layout, batch, height, width), pointer<const std::int64_t>(pairs),
+          static_cast<Precision>(precision), pointer<float>(responses)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
+  m.def("isas", &cpu::isas);
+  m.def("isa", &cpu::isa);
+  m.def("set_isa", [](const std::string& name) { check(cpu::set_isa(name)); }, py::arg("name"));
+  m.def("fast_supported", &cpu::fast_supported);
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("count"));
+  m.def(
+      "bank_unsupported",
+      [](std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride, std::uintptr_t weights,
+         std::int64_t weights_size) {
+        return cpu::bank_unsupported(bank_view(weights, weights_size, table, n_models, table_stride));
+      },
+      py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"), py::arg("weights_ptr"), py::arg("weights_len"));
+  m.def(
+      "bank_forward",
+      [](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height, std::int64_t width,
+         std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
+         std::int64_t table_stride, std::uintptr_t pairs, int precision, std::uintptr_t responses) {
+        const BankForwardArgs args = forward_args(images, type, layout, batch, height, width, weights, weights_size, table,
+                                                  n_models, table_stride, pairs, precision, responses);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = cpu::bank_fwd(args);
+        }
+        check(status);
+      },
+      py::arg("images_ptr"), py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("height"), py::arg("width"),
+      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"),
+      py::arg("pairs_ptr"), py::arg("precision"), py::arg("out_ptr"));
+  m.def(
+      "bank_input_gradient",
+      [](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height, std::int64_t width,
+         std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
+         std::int64_t table_stride, std::uintptr_t pairs, std::uintptr_t cotangent, std::uintptr_t grad,
+         std::uintptr_t responses) {
+        const BankGradientArgs args = {bank_view(weights, weights_size, table, n_models, table_stride),
+                                       images_view(images, type, layout, batch, height, width),
+                                       pointer<const std::int64_t>(pairs),
+                                       pointer<const float>(cotangent),
+                                       pointer<float>(grad),
+                                       pointer<float>(responses)};
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = cpu::bank_bwd(args);
+        }
+        check(status);
+      },
+      py::arg("images_ptr"), py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("height"), py::arg("width"),
+      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"),
+      py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"), py::arg("responses_ptr"));
+
+  py::class_<cpu::BankPlan>(m, "BankPlan")
+      .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
+                       std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
+                       std::int64_t n_models, std::int64_t table_stride, std::uintptr_t pairs, int precision,
+                       std::uintptr_t responses) {
+             std::unique_ptr<cpu::BankPlan> plan;
+             check(cpu::BankPlan::make(forward_args(images, type, layout, batch, height, width, weights, weights_size, table,
+                                                    n_models, table_stride, pairs, precision, responses),
+                                       &plan));
+             return plan;
+           }),
+           py::arg("images_ptr"), py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("height"),
+           py::arg("width"), py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
+           py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("precision"), py::arg("out_ptr"))
+      .def("run", [](cpu::BankPlan& plan) {
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = plan.run();
+        }
+        check(status);
+      });
+
+  if (const char* name = std::getenv("CORTEXLOOP_ISA")) check(cpu::set_isa(name));
+}

@@ -1,0 +1,15 @@
+// All kernels for one instruction set; compiled with the flags that csrc/cmake/isa.cmake gives for it.
+#define CORTEXLOOP_ISA_AVX2 1
+
+#include "kernels/table.inl.h"
+
+namespace cortexloop {
+namespace cpu {
+
+const Kernels* kernels_avx2() {
+  static constexpr Kernels kernels = make_kernels("avx2");
+  return &kernels;
+}
+
+}  // namespace cpu
+}  // namespace cortexloop

@@ -1,0 +1,71 @@
+// What the host code (bank.cpp) and the kernels compiled once per instruction set share: plain structs and a function table.
+#pragma once
+
+#include <cstdint>
+
+#include "cortexloop/bank.h"
+
+namespace cortexloop {
+namespace cpu {
+
+// One layer, resolved from the table. Padded channel counts (in_p, out_p) are multiples of kPaddedChannels.
+struct LayerView {
+  std::int32_t kernel, stride;
+  std::int32_t in_c, out_c, in_p, out_p;
+  std::int32_t in_h, in_w, out_h, out_w;
+  std::int32_t pad_top, pad_left;
+  const float* spatial;         // first layer [k, k, 3, out_p], others depthwise [k, k, in_p]
+  const float* pointwise;       // [in_c, out_p]; null in the first layer
+  const float* bias;            // [out_p]
+  const float* transposed;      // first layer [out_c, k, taps_p], others [out_c, in_p]
+  const float* winograd;        // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
+  const std::uint16_t* pairs;   // bfloat16 [ceil(in_c / 2), out_p, 2]; null in the first layer
+};
+
+struct ModelView {
+  std::int32_t depth;
+  LayerView layers[kMaxDepth];
+  const float* readout;         // [out_h, out_w, out_p] of the last layer
+  float readout_bias;
+};
+
+// One image as the kernels read it; made once, shared by all models of a bank.
+struct PreparedImage {
+  float* rows;                  // [height + 6, row_stride]: recentred RGB, zero margins of 3 rows and 3 columns; null if unused
+  std::int64_t row_stride;
+  float* transformed;           // [height + 4, 3, 8, tiles_p]: rows in the Winograd domain; null if unused
+  std::int32_t tiles_p;
+};
+
+struct ImageSource {
+  const void* data;             // this image's first element
+  bool is_u8;
+  std::int64_t stride_y, stride_x, stride_c;  // in elements
+  std::int32_t height, width;
+  const float* recentred;       // [3, 256]: recentred value of each 8-bit level
+};
+
+struct Kernels {
+  const char* name;
+  bool has_fast;
+
+  // Bytes of the two buffers of PreparedImage, which `prepare` lays out in `memory` and fills.
+  std::int64_t (*prepared_bytes)(std::int32_t height, std::int32_t width, bool rows, bool transformed);
+  void (*prepare)(const ImageSource& source, bool rows, bool transformed, void* memory, PreparedImage* image);
+
+  // Bytes of scratch one call needs, and the calls. `scratch` is aligned to 64 bytes and holds nothing between calls.
+  std::int64_t (*scratch_bytes)(const ModelView& model, bool gradient);
+  float (*forward)(const ModelView& model, const PreparedImage& image, bool fast, void* scratch);
+  // Adds cotangent * d response / d image to `grad` [height, width, 3] (sets it if `overwrite`); returns the response.
+  float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, float* grad,
+                    void* scratch);
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_neon();
+
+}  // namespace cpu
+}  // namespace cortexloop

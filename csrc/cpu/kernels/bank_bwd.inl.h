@@ -1,0 +1,211 @@
+// Gradient of one compact model's response with respect to one image, scaled by the cotangent.
+//
+//   d z_L = cotangent * readout * (a_L > 0);   d a_(l-1) = depthwise^T( pointwise^T d z_l );   d z_l = d a_l * (a_l > 0)
+//   d image[y, x, c] = sum_ij,k d z_0[y + pad - i, x + pad - j, k] * w[i, j, c, k]
+//
+// Work:   one call = one (image, model): the fused forward pass, which leaves one bit per activation, then the gradient.
+// Memory: as forward, rows stream: each layer keeps only the rows of pointwise^T d z that the next transpose reads.
+// First layer: pointwise-like product of each d z_0 row with all taps of all colours, [out_w, k, taps_p], then a gather of
+//         the k x k neighbours; this keeps the 48 -> 3 channel product in full vectors.
+#pragma once
+
+#include "bank_fwd.inl.h"
+
+namespace cortexloop {
+namespace cpu {
+namespace {
+
+struct Backward {
+  Forward forward;
+  float cotangent;
+  Ring rings[kMaxDepth];        // [1..]: pointwise^T d z of each layer
+  std::int32_t next[kMaxDepth];
+  float* d_z[kMaxDepth];        // [out_w, out_p] of the row at work
+  float* taps;                  // [k slots, out_w, k, taps_p]
+  std::int32_t taps_p;
+  float* grad_row;              // [in_w * 3 + 4]
+};
+
+inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {
+  forward_layout(arena, model, true, b.forward);
+  for (int l = 0; l < model.depth; ++l) {
+    const LayerView& layer = model.layers[l];
+    b.next[l] = 0;
+    b.d_z[l] = arena.floats(static_cast<std::int64_t>(layer.out_w) * layer.out_p);
+    if (l == 0) continue;
+    const int left = (layer.kernel - 1) / layer.stride;
+    const int columns = left + (layer.pad_left + layer.in_w - 1 + kTransposedPixels) / layer.stride + 1;
+    const int needed = left + layer.out_w;
+    const int slots = (layer.kernel - 1) / layer.stride + 1;
+    b.rings[l] = make_ring(arena, slots, vectors_of(layer.in_p), left, columns > needed ? columns : needed);
+  }
+  const LayerView& first = model.layers[0];
+  b.taps_p = (first.kernel * 3 + kPaddedChannels - 1) / kPaddedChannels * kPaddedChannels;
+  b.taps = arena.floats(static_cast<std::int64_t>(first.kernel) * first.out_w * first.kernel * b.taps_p);
+  b.grad_row = arena.floats(first.in_w * 3 + 4);
+}
+
+// Last output row whose kernel window reaches input row y, limited to the map.
+inline int last_reaching(const LayerView& layer, int y) {
+  const int v = (y + layer.pad_top) / layer.stride;
+  return v < layer.out_h ? v : layer.out_h - 1;
+}
+
+// d z of row y of layer l into b.d_z[l], pixel-major.
+inline void d_z_row(Backward& b, int l, int y);
+
+// Row v of pointwise^T d z of layer l >= 1 into its ring.
+inline void d_pointwise_row(Backward& b, int l, int v) {
+  d_z_row(b, l, v);
+  const LayerView& layer = b.forward.model->layers[l];
+  const Ring& ring = b.rings[l];
+  const float* a = b.d_z[l];
+  GemmArgs g;
+  g.a = &a;
+  g.b = &layer.transposed;
+  g.segments = 1;
+  g.depth = layer.out_c;
+  g.lda = layer.out_p;
+  g.ldb = layer.in_p;
+  g.width = layer.out_w;
+  g.vectors = ring.vectors;
+  g.out = ring.map_row(v);
+  g.out_vector_stride = ring.vector_stride;
+  g.out_pixel_stride = kLanes;
+  g.bias = nullptr;
+  g.mask = nullptr;
+  g.mask_stride = 0;
+  gemm(g);
+}
+
+inline void d_z_row(Backward& b, int l, int y) {
+  const ModelView& model = *b.forward.model;
+  const LayerView& layer = model.layers[l];
+  const Masks& masks = b.forward.masks[l];
+  const std::uint16_t* mask = masks.row(y);
+  if (l == model.depth - 1) {
+    const float* readout = model.readout + static_cast<std::int64_t>(y) * layer.out_w * layer.out_p;
+    const vf scale = vset1(b.cotangent);
+    for (int x = 0; x < layer.out_w; ++x) {
+      for (int v = 0; v < vectors_of(layer.out_p); ++v) {
+        const std::int64_t at = static_cast<std::int64_t>(x) * layer.out_p + v * kLanes;
+        vstore(b.d_z[l] + at, vwhere(mask[v * masks.vector_stride + x], vmul(scale, vload(readout + at))));
+      }
+    }
+    return;
+  }
+  const LayerView& above = model.layers[l + 1];
+  const Ring& ring = b.rings[l + 1];
+  const int last = last_reaching(above, y);
+  while (b.next[l + 1] <= last) {
+    d_pointwise_row(b, l + 1, b.next[l + 1]);
+    ++b.next[l + 1];
+  }
+  DepthwiseArgs d;
+  for (int i = 0; i < above.kernel; ++i) {
+    const int reach = y + above.pad_top - i;
+    const int v = reach / above.stride;
+    const bool taken = reach >= 0 && reach % above.stride == 0 && v < above.out_h;
+    d.rows[i] = taken ? ring.map_row(v) : nullptr;
+  }
+  d.row_vector_stride = ring.vector_stride;
+  d.weights = above.spatial;
+  d.channels_p = above.in_p;
+  d.kernel = above.kernel;
+  d.stride = above.stride;
+  d.vectors = vectors_of(above.in_p);
+  d.width = layer.out_w;
+  d.offset = above.pad_left;
+  d.out = b.d_z[l];
+  d.mask = mask;
+  d.mask_stride = masks.vector_stride;
+  depthwise_transposed(d);
+}
+
+// Row v of the first layer: products of d z_0 with every tap of every colour.
+inline void taps_row(Backward& b, int v) {
+  d_z_row(b, 0, v);
+  const LayerView& layer = b.forward.model->layers[0];
+  const std::int64_t row_floats = static_cast<std::int64_t>(layer.kernel) * b.taps_p;
+  const float* a = b.d_z[0];
+  GemmArgs g;
+  g.a = &a;
+  g.b = &layer.transposed;
+  g.segments = 1;
+  g.depth = layer.out_c;
+  g.lda = layer.out_p;
+  g.ldb = row_floats;
+  g.width = layer.out_w;
+  g.vectors = static_cast<std::int32_t>(row_floats / kLanes);
+  g.out = b.taps + (v % layer.kernel) * layer.out_w * row_floats;
+  g.out_vector_stride = kLanes;
+  g.out_pixel_stride = row_floats;
+  g.bias = nullptr;
+  g.mask = nullptr;
+  g.mask_stride = 0;
+  gemm(g);
+}
+
+// Sum the taps that fall on each pixel of image row y into b.grad_row [in_w, 3].
+inline void gather_taps(const Backward& b, int y) {
+  const LayerView& layer = b.forward.model->layers[0];
+  const std::int64_t pixel_floats = static_cast<std::int64_t>(layer.kernel) * b.taps_p;
+  for (int x = 0; x < layer.in_w; ++x) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // three colours; the fourth lane is never stored
+    for (int i = 0; i < layer.kernel; ++i) {
+      const int reach_y = y + layer.pad_top - i;
+      if (reach_y < 0 || reach_y % layer.stride != 0 || reach_y / layer.stride >= layer.out_h) continue;
+      const std::int64_t slot = (reach_y / layer.stride) % layer.kernel;
+      const float* row = b.taps + slot * layer.out_w * pixel_floats + i * b.taps_p;
+      for (int j = 0; j < layer.kernel; ++j) {
+        const int reach_x = x + layer.pad_left - j;
+        if (reach_x < 0 || reach_x % layer.stride != 0 || reach_x / layer.stride >= layer.out_w) continue;
+        const float* CL_RESTRICT tap = row + reach_x / layer.stride * pixel_floats + j * 3;
+        for (int c = 0; c < 4; ++c) sum[c] += tap[c];
+      }
+    }
+    for (int c = 0; c < 3; ++c) b.grad_row[x * 3 + c] = sum[c];
+  }
+}
+
+inline std::int64_t backward_scratch_bytes(const ModelView& model) {
+  Arena arena = {nullptr, 0};
+  Backward b;
+  backward_layout(arena, model, b);
+  return arena.used;
+}
+
+inline float bank_gradient(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite,
+                           float* grad, void* scratch) {
+  Arena arena = {static_cast<char*>(scratch), 0};
+  Backward b;
+  b.forward.model = &model;
+  b.forward.image = &image;
+  b.forward.fast = false;
+  b.cotangent = cotangent;
+  backward_layout(arena, model, b);
+  const float response = forward_pass(b.forward);
+
+  const LayerView& first = model.layers[0];
+  for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l], model.layers[l].out_w);
+  for (int y = 0; y < first.in_h; ++y) {
+    const int last = last_reaching(first, y);
+    while (b.next[0] <= last) {
+      taps_row(b, b.next[0]);
+      ++b.next[0];
+    }
+    gather_taps(b, y);
+    float* CL_RESTRICT out = grad + static_cast<std::int64_t>(y) * first.in_w * 3;
+    const float* CL_RESTRICT row = b.grad_row;
+    if (overwrite) {
+      for (int i = 0; i < first.in_w * 3; ++i) out[i] = row[i];
+    } else {
+      for (int i = 0; i < first.in_w * 3; ++i) out[i] += row[i];
+    }
+  }
+  return response;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace cortexloop

@@ -1,0 +1,311 @@
+// One image through one compact model, all layers fused.
+//
+// Work:   one call = one (image, model); nothing is shared between calls but the prepared image.
+// Memory: rows stream from layer to layer. Each layer's output lives in a ring of as many rows as the next kernel is high
+//         (5 rows of layer 0 of a published model: 108 KB), so no map is ever stored whole and no row is computed twice.
+// Order:  a row is pulled when the layer above needs it; all sums run in the order stated in the kernels.
+//
+// For the gradient the same pass also records one bit per activation (positive or not).
+#pragma once
+
+#include "../kernel_table.h"
+#include "depthwise.inl.h"
+#include "gemm.inl.h"
+#include "winograd.inl.h"
+
+namespace cortexloop {
+namespace cpu {
+namespace {
+
+constexpr int kImageMargin = 3;     // half of the largest kernel
+constexpr int kImageSlack = 16;     // columns that blocked kernels may read behind the right margin
+
+// Hands out 64-byte aligned pieces of a buffer; with a null base it only measures.
+struct Arena {
+  char* base;
+  std::int64_t used;
+  void* take(std::int64_t bytes) {
+    void* piece = base == nullptr ? nullptr : base + used;
+    used += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+  float* floats(std::int64_t n) { return static_cast<float*>(take(n * static_cast<std::int64_t>(sizeof(float)))); }
+};
+
+// Rows of one map, [slot][vector of channels][column][kLanes], with columns of zeros around the map.
+struct Ring {
+  float* data;
+  std::int32_t slots, vectors, columns, left;
+  std::int64_t vector_stride, slot_stride;
+  float* row(int y) const { return data + (y % slots) * slot_stride; }       // column 0 of the zero margin
+  float* map_row(int y) const { return row(y) + left * kLanes; }             // column 0 of the map
+};
+
+inline Ring make_ring(Arena& arena, int slots, int vectors, int left, int columns) {
+  Ring r;
+  r.slots = slots;
+  r.vectors = vectors;
+  r.columns = columns;
+  r.left = left;
+  r.vector_stride = static_cast<std::int64_t>(columns) * kLanes;
+  r.slot_stride = r.vector_stride * vectors;
+  r.data = arena.floats(r.slot_stride * slots);
+  return r;
+}
+
+inline void zero_margins(const Ring& r, int width) {
+  for (int slot = 0; slot < r.slots; ++slot) {
+    for (int v = 0; v < r.vectors; ++v) {
+      float* row = r.data + slot * r.slot_stride + v * r.vector_stride;
+      for (int x = 0; x < r.left; ++x) vstore(row + x * kLanes, vzero());
+      for (int x = r.left + width; x < r.columns; ++x) vstore(row + x * kLanes, vzero());
+    }
+  }
+}
+
+inline std::int32_t vectors_of(std::int32_t padded_channels) { return padded_channels / kLanes; }
+
+struct Masks {
+  std::uint16_t* bits;          // [out_h, vectors, out_w]
+  std::int64_t vector_stride;   // out_w
+  std::int64_t row_stride;
+  std::uint16_t* row(int y) const { return bits == nullptr ? nullptr : bits + y * row_stride; }
+};
+
+struct Forward {
+  const ModelView* model;
+  const PreparedImage* image;
+  bool fast;
+  Ring rings[kMaxDepth];        // output of each layer; the last one's holds a single row
+  Masks masks[kMaxDepth];       // null bits when only the response is wanted
+  std::int32_t next[kMaxDepth]; // rows of each layer computed so far
+  float* depthwise_row;         // [out_w, in_p] of the layer at work
+};
+
+inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks, Forward& f) {
+  std::int64_t depthwise_floats = 0;
+  for (int l = 0; l < model.depth; ++l) {
+    const LayerView& layer = model.layers[l];
+    const int vectors = vectors_of(layer.out_p);
+    if (l + 1 < model.depth) {
+      const LayerView& above = model.layers[l + 1];
+      const int reach = (above.out_w - 1) * above.stride + above.kernel;
+      const int columns = reach > above.pad_left + layer.out_w ? reach : above.pad_left + layer.out_w;
+      f.rings[l] = make_ring(arena, above.kernel, vectors, above.pad_left, columns);
+    } else {
+      f.rings[l] = make_ring(arena, 1, vectors, 0, layer.out_w);
+    }
+    f.next[l] = 0;
+    Masks& m = f.masks[l];
+    m.vector_stride = layer.out_w;
+    m.row_stride = m.vector_stride * vectors;
+    m.bits = nullptr;
+    if (with_masks) {
+      m.bits = static_cast<std::uint16_t*>(
+          arena.take(m.row_stride * layer.out_h * static_cast<std::int64_t>(sizeof(std::uint16_t))));
+    }
+    const std::int64_t floats = static_cast<std::int64_t>(layer.out_w) * layer.in_p;
+    if (floats > depthwise_floats) depthwise_floats = floats;
+  }
+  f.depthwise_row = arena.floats(depthwise_floats);
+}
+
+inline void first_layer_row(const Forward& f, int y) {
+  const LayerView& layer = f.model->layers[0];
+  const Ring& ring = f.rings[0];
+  const Masks& masks = f.masks[0];
+  if (layer.winograd != nullptr) {
+    WinogradArgs w;
+    w.tiles_p = f.image->tiles_p;
+    w.image = f.image->transformed + static_cast<std::int64_t>(y) * 3 * kPoints * w.tiles_p;
+    w.weights = layer.winograd;
+    w.channels_p = layer.out_p;
+    w.bias = layer.bias;
+    w.width = layer.out_w;
+    w.vectors = ring.vectors;
+    w.out = ring.map_row(y);
+    w.out_vector_stride = ring.vector_stride;
+    w.mask = masks.row(y);
+    w.mask_stride = masks.vector_stride;
+    winograd_row(w);
+    return;
+  }
+  const float* a[7];
+  const float* b[7];
+  for (int i = 0; i < layer.kernel; ++i) {
+    const int image_row = y * layer.stride - layer.pad_top + i + kImageMargin;
+    a[i] = f.image->rows + image_row * f.image->row_stride + (kImageMargin - layer.pad_left) * 3;
+    b[i] = layer.spatial + static_cast<std::int64_t>(i) * layer.kernel * 3 * layer.out_p;
+  }
+  GemmArgs g;
+  g.a = a;
+  g.b = b;
+  g.segments = layer.kernel;
+  g.depth = layer.kernel * 3;
+  g.lda = layer.stride * 3;
+  g.ldb = layer.out_p;
+  g.width = layer.out_w;
+  g.vectors = ring.vectors;
+  g.out = ring.map_row(y);
+  g.out_vector_stride = ring.vector_stride;
+  g.out_pixel_stride = kLanes;
+  g.bias = layer.bias;
+  g.mask = masks.row(y);
+  g.mask_stride = masks.vector_stride;
+  gemm(g);
+}
+
+inline void separable_row(const Forward& f, int l, int y) {
+  const LayerView& layer = f.model->layers[l];
+  const Ring& below = f.rings[l - 1];
+  const Ring& ring = f.rings[l];
+  const Masks& masks = f.masks[l];
+  DepthwiseArgs d;
+  for (int i = 0; i < layer.kernel; ++i) {
+    const int r = y * layer.stride - layer.pad_top + i;
+    d.rows[i] = r < 0 || r >= layer.in_h ? nullptr : below.row(r);
+  }
+  d.row_vector_stride = below.vector_stride;
+  d.weights = layer.spatial;
+  d.channels_p = layer.in_p;
+  d.kernel = layer.kernel;
+  d.stride = layer.stride;
+  d.vectors = vectors_of(layer.in_p);
+  d.width = layer.out_w;
+  d.out = f.depthwise_row;
+  depthwise(d);
+
+  const float* a = f.depthwise_row;
+  GemmArgs g;
+  g.a = &a;
+  g.b = &layer.pointwise;
+  g.segments = 1;
+  g.depth = layer.in_c;
+  g.lda = layer.in_p;
+  g.ldb = layer.out_p;
+  g.width = layer.out_w;
+  g.vectors = ring.vectors;
+  g.out = ring.map_row(y);
+  g.out_vector_stride = ring.vector_stride;
+  g.out_pixel_stride = kLanes;
+  g.bias = layer.bias;
+  g.mask = masks.row(y);
+  g.mask_stride = masks.vector_stride;
+  gemm(g);
+}
+
+// Compute row y of layer l, first the rows of the layers below that it needs and that are not there yet.
+inline void produce_row(Forward& f, int l, int y) {
+  if (l == 0) {
+    first_layer_row(f, y);
+    return;
+  }
+  const LayerView& layer = f.model->layers[l];
+  int last = y * layer.stride - layer.pad_top + layer.kernel - 1;
+  if (last >= layer.in_h) last = layer.in_h - 1;
+  while (f.next[l - 1] <= last) {
+    produce_row(f, l - 1, f.next[l - 1]);
+    ++f.next[l - 1];
+  }
+  separable_row(f, l, y);
+}
+
+inline float forward_pass(Forward& f) {
+  const ModelView& model = *f.model;
+  for (int l = 0; l < model.depth; ++l) zero_margins(f.rings[l], model.layers[l].out_w);
+  const LayerView& last = model.layers[model.depth - 1];
+  const Ring& ring = f.rings[model.depth - 1];
+  vf sums[2] = {vzero(), vzero()};
+  const float* readout = model.readout;
+  for (int y = 0; y < last.out_h; ++y) {
+    produce_row(f, model.depth - 1, y);
+    const float* row = ring.map_row(y);
+    for (int x = 0; x < last.out_w; ++x) {
+      for (int v = 0; v < ring.vectors; ++v) {
+        sums[x & 1] = vfma(vload(row + v * ring.vector_stride + x * kLanes), vload(readout), sums[x & 1]);
+        readout += kLanes;
+      }
+    }
+  }
+  return vsum(vadd(sums[0], sums[1])) + model.readout_bias;
+}
+
+inline std::int64_t forward_scratch_bytes(const ModelView& model) {
+  Arena arena = {nullptr, 0};
+  Forward f;
+  forward_layout(arena, model, false, f);
+  return arena.used;
+}
+
+inline float bank_forward(const ModelView& model, const PreparedImage& image, bool fast, void* scratch) {
+  Arena arena = {static_cast<char*>(scratch), 0};
+  Forward f;
+  f.model = &model;
+  f.image = &image;
+  f.fast = fast;
+  forward_layout(arena, model, false, f);
+  return forward_pass(f);
+}
+
+inline std::int64_t image_row_stride(std::int32_t width) { return (width + 2 * kImageMargin + kImageSlack) * 3; }
+
+inline void prepared_layout(Arena& arena, int height, int width, bool rows, bool transformed, PreparedImage& p,
+                            float*& phases) {
+  p.row_stride = image_row_stride(width);
+  p.tiles_p = tiles_padded(width);
+  p.rows = rows ? arena.floats((height + 2 * kImageMargin) * p.row_stride) : nullptr;
+  p.transformed = transformed ? arena.floats(static_cast<std::int64_t>(height + 4) * 3 * kPoints * p.tiles_p) : nullptr;
+  phases = transformed ? arena.floats(4LL * (p.tiles_p + kTileAlign)) : nullptr;
+}
+
+inline std::int64_t prepared_bytes(std::int32_t height, std::int32_t width, bool rows, bool transformed) {
+  Arena arena = {nullptr, 0};
+  PreparedImage p;
+  float* phases;
+  prepared_layout(arena, height, width, rows, transformed, p, phases);
+  return arena.used;
+}
+
+CL_INLINE float pixel(const ImageSource& s, std::int64_t y, std::int64_t x, int c) {
+  const std::int64_t at = y * s.stride_y + x * s.stride_x + c * s.stride_c;
+  if (s.is_u8) return s.recentred[c * 256 + static_cast<const std::uint8_t*>(s.data)[at]];
+  return static_cast<const float*>(s.data)[at];
+}
+
+inline void fill_zero(float* p, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
+
+inline void prepare_image(const ImageSource& s, bool rows, bool transformed, void* memory, PreparedImage* image) {
+  Arena arena = {static_cast<char*>(memory), 0};
+  float* phases;
+  prepared_layout(arena, s.height, s.width, rows, transformed, *image, phases);
+  if (rows) {
+    fill_zero(image->rows, (s.height + 2 * kImageMargin) * image->row_stride);
+    for (int y = 0; y < s.height; ++y) {
+      float* out = image->rows + (y + kImageMargin) * image->row_stride + kImageMargin * 3;
+      for (int x = 0; x < s.width; ++x) {
+        for (int c = 0; c < 3; ++c) out[x * 3 + c] = pixel(s, y, x, c);
+      }
+    }
+  }
+  if (!transformed) return;
+  const std::int32_t tiles_p = image->tiles_p, phase_stride = tiles_p + kTileAlign;
+  const std::int64_t row_floats = 3LL * kPoints * tiles_p;
+  fill_zero(image->transformed, 2 * row_floats);
+  fill_zero(image->transformed + (s.height + 2) * row_floats, 2 * row_floats);
+  fill_zero(phases, 4LL * phase_stride);
+  const float* phase[4];
+  for (int r = 0; r < 4; ++r) phase[r] = phases + r * phase_stride;
+  for (int y = 0; y < s.height; ++y) {
+    for (int c = 0; c < 3; ++c) {
+      // Padded column x + 2 is phase (x + 2) % 4 of tile (x + 2) / 4; the margins stay zero.
+      for (int x = 0; x < s.width; ++x) phases[((x + 2) & 3) * phase_stride + ((x + 2) >> 2)] = pixel(s, y, x, c);
+      winograd_image_row(phase, tiles_p, image->transformed + (y + 2) * row_floats + c * kPoints * tiles_p);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace cortexloop

@@ -1,0 +1,132 @@
+// Depthwise convolution of one output row, and its transpose. Lanes are channels; P neighbouring pixels stay in registers.
+//
+//   forward     out[u][c] = sum_ij w[i][j][c] * in_i[u * S + j][c]
+//   transposed  out[x][c] = sum_ij w[i][j][c] * in_i[(x - j) / S][c]   over the j for which the division is exact
+//
+// Columns are counted in the padded image, so that no tap depends on the padding. Each input vector is loaded once per
+// block and used by every tap that needs it. Order of summation: i, then the input column.
+#pragma once
+
+#include "../simd.h"
+
+namespace cortexloop {
+namespace cpu {
+namespace {
+
+struct DepthwiseArgs {
+  const float* rows[7];         // row of tap i at padded column 0 of vector 0; null: the row lies outside, contributes zero
+  std::int64_t row_vector_stride;  // between vectors of channels; pixels are kLanes apart
+  const float* weights;         // [k, k, channels_p]
+  std::int64_t channels_p;
+  std::int32_t kernel, stride, vectors;
+  std::int32_t width;           // output pixels
+  std::int32_t offset;          // transposed only: output pixel x lies at padded column x + offset
+  float* out;                   // [width, channels_p]
+  const std::uint16_t* mask;    // transposed only: [vectors, mask_stride], zeroes the output where the bit is 0
+  std::int64_t mask_stride;
+};
+
+template <int K, int S, int P>
+CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
+  vf acc[P];
+  CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
+  for (int i = 0; i < K; ++i) {
+    if (d.rows[i] == nullptr) continue;
+    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * S * kLanes;
+    const float* CL_RESTRICT weights = d.weights + i * K * d.channels_p + v * kLanes;
+    vf w[K];
+    CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
+    _Pragma("GCC unroll 32") for (int q = 0; q < (P - 1) * S + K; ++q) {
+      const vf value = vload(in + q * kLanes);
+      CL_UNROLL for (int j = 0; j < K; ++j) {
+        const int p = (q - j) / S;
+        if (q >= j && (q - j) % S == 0 && p < P) acc[p] = vfma(value, w[j], acc[p]);
+      }
+    }
+  }
+  float* out = d.out + u * d.channels_p + v * kLanes;
+  CL_UNROLL for (int p = 0; p < P; ++p) vstore(out + p * d.channels_p, acc[p]);
+}
+
+template <int K, int S>
+void depthwise_row(const DepthwiseArgs& d) {
+  constexpr int P = kRegisters >= 32 ? 8 : 4;
+  for (int v = 0; v < d.vectors; ++v) {
+    if (d.width < P) {
+      for (int u = 0; u < d.width; ++u) depthwise_block<K, S, 1>(d, u, v);
+      continue;
+    }
+    for (int u = 0; u < d.width; u += P) depthwise_block<K, S, P>(d, u + P <= d.width ? u : d.width - P, v);
+  }
+}
+
+constexpr int kTransposedPixels = 8;
+
+// Eight outputs from padded column `c0` (a multiple of the stride) on; input columns of a block are c0 / S + r.
+template <int K, int S>
+CL_INLINE void depthwise_transposed_block(const DepthwiseArgs& d, int c0, int v) {
+  constexpr int P = kTransposedPixels;
+  constexpr int kFirst = -((K - 1) / S);
+  constexpr int kLast = (P - 1) / S;
+  vf acc[P];
+  CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
+  for (int i = 0; i < K; ++i) {
+    if (d.rows[i] == nullptr) continue;
+    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(c0 / S) * kLanes;
+    const float* CL_RESTRICT weights = d.weights + i * K * d.channels_p + v * kLanes;
+    vf w[K];
+    CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
+    CL_UNROLL for (int r = kFirst; r <= kLast; ++r) {
+      const vf value = vload(in + r * kLanes);
+      CL_UNROLL for (int j = 0; j < K; ++j) {
+        const int p = r * S + j;
+        if (p >= 0 && p < P) acc[p] = vfma(value, w[j], acc[p]);
+      }
+    }
+  }
+  const int x0 = c0 - d.offset;
+  CL_UNROLL for (int p = 0; p < P; ++p) {
+    const int x = x0 + p;
+    if (x < 0 || x >= d.width) continue;
+    vstore(d.out + x * d.channels_p + v * kLanes, vwhere(d.mask[v * d.mask_stride + x], acc[p]));
+  }
+}
+
+template <int K, int S>
+void depthwise_transposed_row(const DepthwiseArgs& d) {
+  for (int v = 0; v < d.vectors; ++v) {
+    for (int c0 = d.offset - d.offset % S; c0 < d.offset + d.width; c0 += kTransposedPixels) {
+      depthwise_transposed_block<K, S>(d, c0, v);
+    }
+  }
+}
+
+inline void depthwise(const DepthwiseArgs& d) {
+  switch (d.kernel * 2 + d.stride - 1) {
+    case 2: return depthwise_row<1, 1>(d);
+    case 3: return depthwise_row<1, 2>(d);
+    case 6: return depthwise_row<3, 1>(d);
+    case 7: return depthwise_row<3, 2>(d);
+    case 10: return depthwise_row<5, 1>(d);
+    case 11: return depthwise_row<5, 2>(d);
+    case 14: return depthwise_row<7, 1>(d);
+    default: return depthwise_row<7, 2>(d);
+  }
+}
+
+inline void depthwise_transposed(const DepthwiseArgs& d) {
+  switch (d.kernel * 2 + d.stride - 1) {
+    case 2: return depthwise_transposed_row<1, 1>(d);
+    case 3: return depthwise_transposed_row<1, 2>(d);
+    case 6: return depthwise_transposed_row<3, 1>(d);
+    case 7: return depthwise_transposed_row<3, 2>(d);
+    case 10: return depthwise_transposed_row<5, 1>(d);
+    case 11: return depthwise_transposed_row<5, 2>(d);
+    case 14: return depthwise_transposed_row<7, 1>(d);
+    default: return depthwise_transposed_row<7, 2>(d);
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace cortexloop

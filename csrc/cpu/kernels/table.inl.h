@@ -1,0 +1,27 @@
+// Fills the function table of the instruction set this file is compiled for.
+#pragma once
+
+#include "../kernel_table.h"
+#include "bank_bwd.inl.h"
+
+namespace cortexloop {
+namespace cpu {
+namespace {
+
+inline std::int64_t scratch_bytes(const ModelView& model, bool gradient) {
+  return gradient ? backward_scratch_bytes(model) : forward_scratch_bytes(model);
+}
+
+#if defined(CORTEXLOOP_ISA_BF16)
+constexpr bool kHasFast = true;
+#else
+constexpr bool kHasFast = false;
+#endif
+
+constexpr Kernels make_kernels(const char* name) {
+  return Kernels{name, kHasFast, prepared_bytes, prepare_image, scratch_bytes, bank_forward, bank_gradient};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace cortexloop

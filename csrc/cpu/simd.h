@@ -1,0 +1,187 @@
+// The one place with intrinsics: a float vector of the instruction set this file is compiled for.
+//
+// Included only from isa_<name>.cpp, which compiles all kernels once per instruction set. Everything is in an anonymous
+// namespace, so that no copy compiled for a newer processor can be picked by the linker for an older one. No static vectors,
+// no std:: templates.
+//
+//   vf        kLanes floats            vmask   one bit per lane, stored as kLanes bits of a std::uint16_t
+//   vfma(a, b, c) = a * b + c, fused where the instruction set has it
+#pragma once
+
+#include <cstdint>
+
+#if defined(CORTEXLOOP_ISA_AVX512) || defined(CORTEXLOOP_ISA_AVX2)
+#include <immintrin.h>
+#elif defined(CORTEXLOOP_ISA_NEON)
+#include <arm_neon.h>
+#elif defined(__SSE2__) || defined(_M_X64)
+#include <emmintrin.h>
+#define CORTEXLOOP_SSE2 1
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define CL_INLINE __forceinline
+#define CL_RESTRICT __restrict
+#define CL_UNROLL
+#else
+#define CL_INLINE inline __attribute__((always_inline))
+#define CL_RESTRICT __restrict__
+#define CL_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace cortexloop {
+namespace cpu {
+namespace {
+
+#if defined(CORTEXLOOP_ISA_AVX512)
+
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+using vf = __m512;
+CL_INLINE vf vzero() { return _mm512_setzero_ps(); }
+CL_INLINE vf vset1(float x) { return _mm512_set1_ps(x); }
+CL_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+CL_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+CL_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+CL_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+CL_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+CL_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+// NaN passes through: maxps returns its second operand when either is NaN.
+CL_INLINE vf vrelu(vf x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
+CL_INLINE std::uint16_t vpositive(vf x) {
+  return static_cast<std::uint16_t>(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ));
+}
+CL_INLINE vf vwhere(std::uint16_t bits, vf x) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x); }
+
+#elif defined(CORTEXLOOP_ISA_AVX2)
+
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+using vf = __m256;
+CL_INLINE vf vzero() { return _mm256_setzero_ps(); }
+CL_INLINE vf vset1(float x) { return _mm256_set1_ps(x); }
+CL_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+CL_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+CL_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+CL_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+CL_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+CL_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+CL_INLINE vf vrelu(vf x) { return _mm256_max_ps(_mm256_setzero_ps(), x); }
+CL_INLINE std::uint16_t vpositive(vf x) {
+  return static_cast<std::uint16_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ)));
+}
+CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane_bit), lane_bit);
+  return _mm256_and_ps(x, _mm256_castsi256_ps(on));
+}
+
+#elif defined(CORTEXLOOP_ISA_NEON)
+
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+using vf = float32x4_t;
+CL_INLINE vf vzero() { return vdupq_n_f32(0.0f); }
+CL_INLINE vf vset1(float x) { return vdupq_n_f32(x); }
+CL_INLINE vf vload(const float* p) { return vld1q_f32(p); }
+CL_INLINE void vstore(float* p, vf x) { vst1q_f32(p, x); }
+CL_INLINE vf vadd(vf a, vf b) { return vaddq_f32(a, b); }
+CL_INLINE vf vsub(vf a, vf b) { return vsubq_f32(a, b); }
+CL_INLINE vf vmul(vf a, vf b) { return vmulq_f32(a, b); }
+CL_INLINE vf vfma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+CL_INLINE vf vrelu(vf x) { return vmaxq_f32(vdupq_n_f32(0.0f), x); }  // NaN passes through
+CL_INLINE uint32x4_t lane_bits() {
+  const std::uint32_t bits[4] = {1, 2, 4, 8};
+  return vld1q_u32(bits);
+}
+CL_INLINE std::uint16_t vpositive(vf x) {
+  return static_cast<std::uint16_t>(vaddvq_u32(vandq_u32(vcgtq_f32(x, vdupq_n_f32(0.0f)), lane_bits())));
+}
+CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
+  const uint32x4_t on = vtstq_u32(vdupq_n_u32(bits), lane_bits());
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), on));
+}
+
+#elif defined(CORTEXLOOP_SSE2)
+
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+using vf = __m128;
+CL_INLINE vf vzero() { return _mm_setzero_ps(); }
+CL_INLINE vf vset1(float x) { return _mm_set1_ps(x); }
+CL_INLINE vf vload(const float* p) { return _mm_loadu_ps(p); }
+CL_INLINE void vstore(float* p, vf x) { _mm_storeu_ps(p, x); }
+CL_INLINE vf vadd(vf a, vf b) { return _mm_add_ps(a, b); }
+CL_INLINE vf vsub(vf a, vf b) { return _mm_sub_ps(a, b); }
+CL_INLINE vf vmul(vf a, vf b) { return _mm_mul_ps(a, b); }
+CL_INLINE vf vfma(vf a, vf b, vf c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+CL_INLINE vf vrelu(vf x) { return _mm_max_ps(_mm_setzero_ps(), x); }
+CL_INLINE std::uint16_t vpositive(vf x) {
+  return static_cast<std::uint16_t>(_mm_movemask_ps(_mm_cmpgt_ps(x, _mm_setzero_ps())));
+}
+CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
+  const __m128i lane_bit = _mm_setr_epi32(1, 2, 4, 8);
+  const __m128i on = _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(bits), lane_bit), lane_bit);
+  return _mm_and_ps(x, _mm_castsi128_ps(on));
+}
+
+#else
+
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+struct vf {
+  float lane[kLanes];
+};
+template <class F>
+CL_INLINE vf each_lane(F f) {
+  vf r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = f(i);
+  return r;
+}
+CL_INLINE vf vset1(float x) {
+  return each_lane([=](int) { return x; });
+}
+CL_INLINE vf vzero() { return vset1(0.0f); }
+CL_INLINE vf vload(const float* p) {
+  return each_lane([=](int i) { return p[i]; });
+}
+CL_INLINE void vstore(float* p, vf x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = x.lane[i];
+}
+CL_INLINE vf vadd(vf a, vf b) {
+  return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+CL_INLINE vf vsub(vf a, vf b) {
+  return each_lane([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+CL_INLINE vf vmul(vf a, vf b) {
+  return each_lane([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+CL_INLINE vf vfma(vf a, vf b, vf c) { return vadd(vmul(a, b), c); }
+CL_INLINE vf vrelu(vf x) {
+  return each_lane([&](int i) { return x.lane[i] < 0.0f ? 0.0f : x.lane[i]; });
+}
+CL_INLINE std::uint16_t vpositive(vf x) {
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (x.lane[i] > 0.0f ? 1u : 0u) << i;
+  return static_cast<std::uint16_t>(bits);
+}
+CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
+  return each_lane([&](int i) { return (bits >> i & 1) != 0 ? x.lane[i] : 0.0f; });
+}
+
+#endif
+
+// Sum of the lanes, always in the order of a binary tree over lane numbers.
+CL_INLINE float vsum(vf x) {
+  float lane[kLanes];
+  vstore(lane, x);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace cortexloop

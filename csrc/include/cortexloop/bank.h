@@ -1,0 +1,105 @@
+// The bank operator: many different compact models on a batch of images. Plain structs and functions only.
+//
+// The packed layout is decided and documented in python/cortexloop/packing.py; the field numbers here mirror it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cortexloop/status.h"
+
+namespace cortexloop {
+
+enum ModelField { kDepth, kHeight, kWidth, kReadout, kReadoutBias, kCost, kModelFields };
+
+enum LayerField {
+  kKernelSize,
+  kStride,
+  kInChannels,
+  kOutChannels,
+  kOutHeight,
+  kOutWidth,
+  kPadTop,
+  kPadLeft,
+  kSpatial,
+  kPointwise,
+  kBias,
+  kTransposed,
+  kWinograd,
+  kPairs,
+  kLayerFields
+};
+
+constexpr int kMaxDepth = 16;         // deeper models go to the reference backend
+constexpr int kMaxChannels = 2048;    // likewise wider ones
+constexpr int kPaddedChannels = 16;   // packed channel counts are multiples of this
+
+enum class PixelType { u8, f32 };
+enum class ImageLayout { nhwc, nchw };
+enum class Precision { exact, fast };
+
+struct BankView {
+  const float* weights;         // [weights_size]
+  std::int64_t weights_size;
+  const std::int64_t* table;    // [n_models, table_stride]
+  std::int64_t n_models;
+  std::int64_t table_stride;
+};
+
+struct ImagesView {
+  const void* data;             // [batch, height, width, 3] or [batch, 3, height, width]
+  PixelType type;               // u8: RGB 0..255, recentred by the kernel; f32: recentred already
+  ImageLayout layout;
+  std::int64_t batch;
+  std::int64_t height;
+  std::int64_t width;
+};
+
+struct BankForwardArgs {
+  BankView bank;
+  ImagesView images;
+  const std::int64_t* pairs;    // [batch]: image i goes through model pairs[i] alone; null: every image through every model
+  Precision precision;
+  float* responses;             // [batch, n_models], with pairs [batch]
+};
+
+struct BankGradientArgs {
+  BankView bank;
+  ImagesView images;
+  const std::int64_t* pairs;    // as above
+  const float* cotangent;       // shaped as the responses
+  float* grad_images;           // shaped as the images, f32
+  float* responses;             // shaped as the responses, or null
+};
+
+namespace cpu {
+
+// "" if the kernels take this bank, otherwise one sentence why not.
+std::string bank_unsupported(const BankView& bank);
+
+Status bank_fwd(const BankForwardArgs& args);
+Status bank_bwd(const BankGradientArgs& args);
+
+// A forward call resolved once and repeated: `run` reads the images in place and allocates nothing after its first call.
+class BankPlan {
+ public:
+  static Status make(const BankForwardArgs& args, std::unique_ptr<BankPlan>* plan);
+  ~BankPlan();
+  Status run();
+
+ private:
+  struct State;
+  explicit BankPlan(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+// Instruction sets compiled in and runnable on this processor, weakest first; the one in force; choose one by name.
+std::vector<std::string> isas();
+const char* isa();
+Status set_isa(const std::string& name);
+bool fast_supported();          // whether the one in force has a reduced-precision forward
+
+}  // namespace cpu
+}  // namespace cortexloop

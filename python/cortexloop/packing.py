@@ -1,0 +1,216 @@
+"""Folding and packing: from the raw parameters of many models to one float32 buffer and one integer table.
+
+This file is the only place that decides the packed layout; `csrc/include/cortexloop/bank.h` mirrors the field numbers and
+the reference backend reads the same sections back. A leaf: NumPy and `cortexloop.weights` only.
+
+Buffer sections start at multiples of 16 floats. "Padded" (`p`) channel counts are multiples of 16 with zeros behind the
+real channels, so that every instruction set reads whole vectors and padded channels stay exactly zero.
+
+    buffer[0:3]   image mean (R, G, B)
+    spatial       layer 0: full kernel [k, k, 3, Op]; others: depthwise kernel [k, k, Cp]
+    pointwise     [C, Op], batch norm folded (layer 0: none)
+    bias          [Op], batch norm folded
+    transposed    for the gradient; layer 0: [O, k, Tp] with Tp = k * 3 padded; others: pointwise transposed [O, Cp]
+    winograd      layer 0 with k = 5 and stride 1: transformed kernel [2, 5, 3, 4, Op] (see `winograd_kernel`)
+    pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
+    readout       [H_last, W_last, Op]
+    readout_bias  [1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cortexloop.weights import CompactWeights, LayerWeights, same_padding
+
+LANES = 16
+
+
+class ModelField(IntEnum):
+    """Columns of a table row that describe the model; the layers' columns follow."""
+
+    DEPTH = 0
+    HEIGHT = 1
+    WIDTH = 2
+    READOUT = 3
+    READOUT_BIAS = 4
+    COST = 5  # multiply-adds per image, for scheduling
+
+
+class LayerField(IntEnum):
+    """Columns of one layer; layer l starts at column `len(ModelField) + l * len(LayerField)`. -1: section absent."""
+
+    KERNEL_SIZE = 0
+    STRIDE = 1
+    IN_CHANNELS = 2
+    OUT_CHANNELS = 3
+    OUT_HEIGHT = 4
+    OUT_WIDTH = 5
+    PAD_TOP = 6
+    PAD_LEFT = 7
+    SPATIAL = 8
+    POINTWISE = 9
+    BIAS = 10
+    TRANSPOSED = 11
+    WINOGRAD = 12
+    PAIRS = 13
+
+
+def padded(channels: int) -> int:
+    """Channel count rounded up to whole vectors."""
+    return -(-channels // LANES) * LANES
+
+
+def fold(layer: LayerWeights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fold batch norm in float64: (full kernel [k, k, 3, O] or pointwise [C, O], bias [O]).
+
+    y = gamma * (W x + b - mean) / sqrt(variance + eps) + beta = (s W) x + (b - mean) s + beta, s = gamma / sqrt(...).
+    """
+    scale = layer.gamma.astype(np.float64) / np.sqrt(layer.variance.astype(np.float64) + layer.epsilon)
+    mixing = layer.kernel if layer.kernel is not None else layer.pointwise
+    assert mixing is not None
+    bias = (layer.bias.astype(np.float64) - layer.mean.astype(np.float64)) * scale + layer.beta.astype(np.float64)
+    return mixing.astype(np.float64) * scale, bias
+
+
+_FINITE_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+# The output transform runs over two groups of four points; infinity (index 7) joins the first group.
+_POINT_ORDER = (0, 1, 2, 7, 3, 4, 5, 6)
+
+
+def winograd_kernel(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Transform a kernel [5, 5, 3, O] along x for 1-D Winograd (Toom-Cook) F(4, 5): [2, 5, 3, 4, O].
+
+    Four neighbouring outputs y_i = sum_j w_j x_(i+j) cost 8 products instead of 20: y = A^T ((G w) * (B^T x)) with the
+    points 0, 1, -1, infinity | 2, -2, 1/2, -1/2. G is applied here in float64; B^T and A^T are in the kernels.
+    Weights that are multiples of 360 transform to short binary fractions, which the exact tests use.
+    """
+    g = np.zeros((8, 5))
+    for p, a in enumerate(_FINITE_POINTS):
+        norm = np.prod([a - b for b in _FINITE_POINTS if b != a])
+        g[p] = [a**j / norm for j in range(5)]
+    g[7, 4] = 1.0
+    transformed = np.einsum("pj,ijcx->picx", g, kernel)[list(_POINT_ORDER)]
+    grouped: NDArray[np.float64] = transformed.reshape(2, 4, 5, 3, -1).transpose(0, 2, 3, 1, 4)
+    return grouped
+
+
+def to_bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round finite float32 to bfloat16, ties to even, as bit patterns."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+class _Buffer:
+    """Sections appended one after the other, each at a multiple of LANES floats."""
+
+    def __init__(self) -> None:
+        self.parts: list[NDArray[np.float32]] = []
+        self.size = 0
+
+    def add(self, values: NDArray[np.floating] | Sequence[float]) -> int:
+        flat = np.ascontiguousarray(values, dtype=np.float32).ravel()
+        offset = self.size
+        self.parts.append(np.pad(flat, (0, padded(flat.size) - flat.size)))
+        self.size += padded(flat.size)
+        return offset
+
+    def array(self) -> NDArray[np.float32]:
+        return np.concatenate(self.parts)
+
+
+def _pad_last(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    width = [(0, 0)] * (x.ndim - 1) + [(0, padded(x.shape[-1]) - x.shape[-1])]
+    return np.pad(x, width)
+
+
+def _pack_layer(buffer: _Buffer, layer: LayerWeights, height: int, width: int) -> tuple[dict[LayerField, int], int]:
+    """Append one layer's sections; return its table fields and its multiply-adds."""
+    k, stride, c, o = layer.kernel_size, layer.stride, layer.in_channels, layer.out_channels
+    out_h, pad_top, _ = same_padding(height, k, stride)
+    out_w, pad_left, _ = same_padding(width, k, stride)
+    mixing, bias = fold(layer)
+    f = LayerField
+    fields = {
+        f.KERNEL_SIZE: k,
+        f.STRIDE: stride,
+        f.IN_CHANNELS: c,
+        f.OUT_CHANNELS: o,
+        f.OUT_HEIGHT: out_h,
+        f.OUT_WIDTH: out_w,
+        f.PAD_TOP: pad_top,
+        f.PAD_LEFT: pad_left,
+        f.BIAS: buffer.add(_pad_last(bias)),
+        f.POINTWISE: -1,
+        f.WINOGRAD: -1,
+        f.PAIRS: -1,
+    }
+    if layer.kernel is not None:
+        fields[f.SPATIAL] = buffer.add(_pad_last(mixing))
+        taps = mixing.transpose(3, 0, 1, 2).reshape(o, k, k * 3)
+        fields[f.TRANSPOSED] = buffer.add(_pad_last(taps))
+        if k == 5 and stride == 1:
+            fields[f.WINOGRAD] = buffer.add(_pad_last(winograd_kernel(mixing)))
+        macs = out_h * out_w * k * k * 3 * o
+    else:
+        assert layer.depthwise is not None
+        fields[f.SPATIAL] = buffer.add(_pad_last(layer.depthwise.astype(np.float64)))
+        fields[f.POINTWISE] = buffer.add(_pad_last(mixing))
+        fields[f.TRANSPOSED] = buffer.add(_pad_last(mixing.T))
+        even = np.pad(_pad_last(mixing), ((0, c % 2), (0, 0)))
+        pairs = to_bfloat16_bits(even.astype(np.float32)).reshape(-1, 2, padded(o)).transpose(0, 2, 1)
+        fields[f.PAIRS] = buffer.add(np.ascontiguousarray(pairs).view(np.float32))
+        macs = out_h * out_w * c * (k * k + o)
+    return fields, macs
+
+
+def pack(models: Sequence[CompactWeights]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Pack models of one input size and image mean: (buffer float32 [n], table int64 [N, fields]).
+
+    Raises:
+        ValueError: no models, or models of different input sizes or image means.
+    """
+    if not models:
+        raise ValueError("a bank needs at least one model, got none")
+    first = models[0]
+    for model in models[1:]:
+        if (model.height, model.width) != (first.height, first.width):
+            raise ValueError(
+                f"all models of a bank take images of one size: {first.name!r} takes {first.height} x {first.width}, "
+                f"{model.name!r} takes {model.height} x {model.width}; make one bank per size"
+            )
+        if model.image_mean != first.image_mean:
+            raise ValueError(
+                f"all models of a bank share one image mean: {first.name!r} has {first.image_mean}, "
+                f"{model.name!r} has {model.image_mean}; make one bank per mean"
+            )
+    buffer = _Buffer()
+    buffer.add(first.image_mean)
+    depth = max(len(m.layers) for m in models)
+    table = np.zeros((len(models), len(ModelField) + depth * len(LayerField)), dtype=np.int64)
+    for row, model in zip(table, models, strict=True):
+        h, w = model.height, model.width
+        cost = 0
+        for index, layer in enumerate(model.layers):
+            fields, macs = _pack_layer(buffer, layer, h, w)
+            start = len(ModelField) + index * len(LayerField)
+            for field, value in fields.items():
+                row[start + field] = value
+            h, w = fields[LayerField.OUT_HEIGHT], fields[LayerField.OUT_WIDTH]
+            cost += macs
+        m = ModelField
+        row[m.DEPTH], row[m.HEIGHT], row[m.WIDTH] = len(model.layers), model.height, model.width
+        row[m.READOUT] = buffer.add(_pad_last(model.readout.astype(np.float64)))
+        row[m.READOUT_BIAS] = buffer.add([model.readout_bias])
+        row[m.COST] = cost + model.readout.size
+    return buffer.array(), table
+
+
+def layer_fields(row: Sequence[int] | NDArray[np.int64], layer: int) -> dict[LayerField, int]:
+    """The fields of one layer of a table row."""
+    start = len(ModelField) + layer * len(LayerField)
+    return {field: int(row[start + field]) for field in LayerField}
