@@ -55,11 +55,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("set_num_threads", &set_num_threads, py::arg("count"));
   m.def(
       "bank_unsupported",
-      [](std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride, std::uintptr_t weights,
-         std::int64_t weights_size) {
-        return cpu::bank_unsupported(bank_view(weights, weights_size, table, n_models, table_stride));
+      [](std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride) {
+        constexpr std::int64_t kAnySize = std::int64_t{1} << 60;
+        return cpu::bank_unsupported({nullptr, kAnySize, pointer<const std::int64_t>(table), n_models, table_stride});
       },
-      py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"), py::arg("weights_ptr"), py::arg("weights_len"));
+      py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"));
   m.def(
       "bank_forward",
       [](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height, std::int64_t width,

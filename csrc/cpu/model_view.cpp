@@ -16,7 +16,7 @@ std::int64_t padded(std::int64_t channels) {
   return (channels + kPaddedChannels - 1) / kPaddedChannels * kPaddedChannels;
 }
 
-// Checks sections against the buffer and remembers whether one did not fit.
+// Checks sections against the buffer and remembers whether one did not fit. Without a buffer only sizes are checked.
 struct Sections {
   const BankView& bank;
   bool ok = true;
@@ -25,7 +25,7 @@ struct Sections {
       ok = false;
       return nullptr;
     }
-    return bank.weights + offset;
+    return bank.weights == nullptr ? nullptr : bank.weights + offset;
   }
 };
 
@@ -100,7 +100,7 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
   view->readout = sections.at(row[kReadout], height * width * padded(channels));
   const float* bias = sections.at(row[kReadoutBias], 1);
   if (!sections.ok) return sentence("the readout of model %lld lies outside the packed weights", model);
-  view->readout_bias = *bias;
+  view->readout_bias = bias == nullptr ? 0.0f : *bias;
   return "";
 }
 

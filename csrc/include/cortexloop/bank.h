@@ -76,7 +76,7 @@ struct BankGradientArgs {
 
 namespace cpu {
 
-// "" if the kernels take this bank, otherwise one sentence why not.
+// "" if the kernels take this bank, otherwise one sentence why not. `bank.weights` may be null: only the table is read.
 std::string bank_unsupported(const BankView& bank);
 
 Status bank_fwd(const BankForwardArgs& args);
