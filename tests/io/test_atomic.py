@@ -9,6 +9,13 @@ import pytest
 from cortexloop.io import atomic_path
 
 
+def write(path, content=b"half", error=None):
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+        if error is not None:
+            raise error
+
+
 def test_writes_and_leaves_nothing_beside(tmp_path):
     target = tmp_path / "bank.safetensors"
     with atomic_path(target) as temporary:
@@ -20,31 +27,20 @@ def test_writes_and_leaves_nothing_beside(tmp_path):
     assert os.listdir(tmp_path) == ["bank.safetensors"]
 
 
-def test_a_failure_keeps_the_old_file_and_removes_the_new_one(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError("interrupted"), KeyboardInterrupt("interrupted")], ids=repr)
+def test_a_failure_keeps_the_old_file_and_removes_the_new_one(tmp_path, error):
     target = tmp_path / "out.npz"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="interrupted"), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("interrupted")
+    with pytest.raises(type(error), match="interrupted"):
+        write(target, error=error)
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["out.npz"]
 
 
-def test_keyboard_interrupt_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out.npz") as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_space_left_is_one_sentence_and_leaves_nothing(tmp_path, code):
-    with (
-        pytest.raises(OSError, match="no space left on the disk of .*out.npz") as caught,
-        atomic_path(tmp_path / "out.npz") as temporary,
-    ):
-        temporary.write_bytes(b"half")
-        raise OSError(code, "write failed")
+    with pytest.raises(OSError, match=r"no space left on the disk of .*out\.npz") as caught:
+        write(tmp_path / "out.npz", error=OSError(code, "write failed"))
     assert caught.value.errno == code
     assert os.listdir(tmp_path) == []
 
@@ -54,22 +50,19 @@ def test_no_space_left_for_the_last_bytes(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"), atomic_path(tmp_path / "out.npz") as temporary:
-        temporary.write_bytes(b"whole")
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path / "out.npz")
     assert os.listdir(tmp_path) == []
 
 
 def test_missing_folder_is_named(tmp_path):
-    with (
-        pytest.raises(FileNotFoundError, match="nowhere.* does not exist"),
-        atomic_path(tmp_path / "nowhere" / "a.npz"),
-    ):
-        pass
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* does not exist"):
+        write(tmp_path / "nowhere" / "a.npz")
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_path(tmp_path):
-        pass
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        write(tmp_path)
 
 
 def test_no_permission_is_named(tmp_path, monkeypatch):
@@ -77,17 +70,15 @@ def test_no_permission_is_named(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
 
     monkeypatch.setattr("cortexloop.io.atomic.tempfile.mkstemp", refused)  # root, as in containers, may write anywhere
-    with pytest.raises(PermissionError, match="no permission to write .*a.npz"), atomic_path(tmp_path / "a.npz"):
-        pass
+    with pytest.raises(PermissionError, match=r"no permission to write .*a\.npz"):
+        write(tmp_path / "a.npz")
 
 
 def test_permissions_are_those_of_open(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
-    with atomic_path(tmp_path / "new") as temporary:
-        temporary.write_bytes(b"")
+    write(tmp_path / "new")
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
     plain.chmod(0o440)
-    with atomic_path(plain) as temporary:
-        temporary.write_bytes(b"x")
+    write(plain)
     assert stat.S_IMODE(plain.stat().st_mode) == 0o440

@@ -1,4 +1,4 @@
-"""Write a file so that it is either complete or absent: beside its destination first, renamed when it is on the disk."""
+"""Write a file so that it is either complete or absent: beside its destination first, then renamed."""
 
 from __future__ import annotations
 
