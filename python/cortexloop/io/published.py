@@ -141,7 +141,7 @@ def _keras_key(key: str) -> str | None:
 def _keras_layout(key: str, tensor: NDArray[Any]) -> NDArray[Any]:
     """From torch's axis order (output, input, row, column) to Keras'."""
     if key == "readout/kernel" and tensor.ndim == 2:
-        return tensor.T  # [1, h * w * k], rows in the same (h, w, k) order
+        return np.swapaxes(tensor, 0, 1)  # [1, h * w * k], rows in the same (h, w, k) order
     if tensor.ndim == 4:
         axes = (2, 3, 0, 1) if key.endswith("depthwise_kernel") else (2, 3, 1, 0)
         return np.ascontiguousarray(tensor.transpose(axes))
