@@ -17,8 +17,8 @@ identity (gamma 1, beta 0, mean 0, variance 1 - epsilon), so thresholds are plai
   negative bias removes the weaker response to straight contours.
 
 The readout is a Gaussian in the image centre: a localised receptive field with some tolerance to position. Besides the
-thresholded channel it reads a weak unthresholded one, so that the response has a gradient on any image. Outputs are
-scaled to a standard deviation of about 1 over `procedural_images`.
+thresholded channel it reads a weak unthresholded one, so that noise, too, has a gradient for ascent to start from.
+Outputs are scaled to mean 0 and standard deviation 1 over `procedural_images(500)`.
 
 A leaf: it imports NumPy and `weights.py`.
 """
@@ -39,7 +39,7 @@ SIZE = 112
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 """Weights of R, G, B in luma (ITU-R BT.601)."""
 
-DOT_RADIUS = {"dot_small": 3.0, "dot_large": 7.5}
+DOT_RADIUS = {"dot_small": 3.5, "dot_large": 8.0}
 """Radius of the disc, in pixels, that each dot neuron prefers."""
 
 ARC_RADIUS = 11.0
