@@ -110,6 +110,18 @@ def test_array_files(tmp_path, suffix):
     np.testing.assert_array_equal(got, images)
 
 
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_channels_first_arrays_on_request(tmp_path, suffix):
+    images = pixels(3)
+    path = tmp_path / f"a.{suffix}"
+    (np.save if suffix == "npy" else np.savez)(path, images.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(read(open_images(path, layout="NCHW", size=(8, 10)))[1], images)
+    with pytest.raises(ValueError, match=r"layout should be .* got 'HWC'"):
+        open_images(path, layout="HWC")
+    with pytest.raises(ValueError, match=r"for .npy and .npz files only"):
+        open_images(tmp_path, layout="NCHW")
+
+
 def test_fortran_order_npy(tmp_path):
     images = pixels(3)
     np.save(tmp_path / "a.npy", np.asfortranarray(images))
@@ -148,7 +160,7 @@ def test_recentred_floats_need_the_flag_and_no_nan(tmp_path):
     ("array", "message"),
     [
         (np.zeros((4, 4, 3), np.uint8), r"shape \[N, H, W, 3\], got \[4, 4, 3\]; save a single image as image\[None\]"),
-        (np.zeros((2, 3, 4, 4), np.uint8), r"put channels last with images\.transpose"),
+        (np.zeros((2, 3, 4, 4), np.uint8), 'say that its layout is "NCHW"'),
         (np.zeros((2, 4, 4), np.uint8), r"shape \[N, H, W, 3\], got \[2, 4, 4\]"),
         (np.zeros((0, 4, 4, 3), np.uint8), "contains no images"),
         (np.zeros((2, 4, 4, 3), np.int64), r"got int64; save it with images\.astype"),
@@ -164,7 +176,7 @@ def test_unsuitable_arrays(tmp_path, array, message):
 
 def test_array_of_another_size(tmp_path):
     np.save(tmp_path / "a.npy", pixels(2))
-    with pytest.raises(ValueError, match="are 8 x 10 pixels .*expected 112 x 112"):
+    with pytest.raises(ValueError, match=r"are 8 x 10 pixels .*expected 112 x 112"):
         open_images(tmp_path / "a.npy", size=(112, 112))
 
 
@@ -231,9 +243,9 @@ def test_bad_first_picture_and_nothing_but_bad_pictures(tmp_path):
         open_images(folder)
     assert read(open_images(folder, on_error="skip"))[0] == ["image0002.png"]
     (folder / "image0002.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 2 images .*image0001"):
+    with pytest.raises(ValueError, match=r"none of the 2 images .*image0001"):
         open_images(folder, on_error="skip")
-    with pytest.raises(ValueError, match="none of the 2 images .*image0001"):
+    with pytest.raises(ValueError, match=r"none of the 2 images .*image0001"):
         read(open_images(folder, on_error="skip", size=(8, 10)))
 
 

@@ -105,7 +105,7 @@ def test_unusable_files(tmp_path):
     with pytest.raises(ValueError, match=r"expected \.npz, \.npy or \.csv"):
         load_responses(tmp_path / "r.mat")
     (tmp_path / "r.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no readable .csv"):
+    with pytest.raises(ValueError, match=r"no readable \.csv"):
         load_responses(tmp_path / "r.csv")
     with pytest.raises(ValueError, match="takes no key"):
         load_responses(tmp_path / "r.csv", "a")

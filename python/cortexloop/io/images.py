@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from cortexloop.io.paths import natural_key
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """Files of a folder or zip with other suffixes are not images and are left alone."""
@@ -126,6 +128,7 @@ def open_images(
     resize: bool = False,
     recentred: bool = False,
     key: str | None = None,
+    layout: str = "NHWC",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> ImageSource:
     """Open images for streaming.
@@ -140,6 +143,7 @@ def open_images(
             files are never resized). Otherwise another size is an error of that image.
         recentred: the array file holds float values already recentred by the image mean (about -116..155), which are
             given out as float32. Without it float arrays are refused, because nothing tells 0..1 from 0..255.
+        layout: order of the axes of an array file, "NHWC" or "NCHW" ([N, 3, H, W]); what comes out is NHWC.
         key: name of the array in an .npz; None: the only one that can be images.
         on_error: "raise" names the first image that cannot be used, "skip" leaves such images out and lists them.
 
@@ -154,6 +158,8 @@ def open_images(
     path = Path(source)
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error should be "raise" or "skip", got {on_error!r}')
+    if layout not in ("NHWC", "NCHW"):
+        raise ValueError(f'layout should be "NHWC" or "NCHW", got {layout!r}')
     if resize and size is None:
         raise ValueError("resize=True needs size=(height, width)")
     if not path.exists():
@@ -161,10 +167,12 @@ def open_images(
     skip = on_error == "skip"
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz") and path.is_file():
-        array = _NpyRows(path) if suffix == ".npy" else _NpzRows(path, key)
-        return _ArraySource(path, skip, rows=array, recentred=recentred).checked(size)
+        array = _NpyRows(path) if suffix == ".npy" else _NpzRows(path, key, layout)
+        return _ArraySource(path, skip, rows=array, recentred=recentred, layout=layout).checked(size)
     if recentred:
         raise ValueError(f"recentred values come from .npy or .npz files only, not from {str(path)!r}")
+    if layout != "NHWC":
+        raise ValueError(f"layout {layout!r} is for .npy and .npz files only, not for {str(path)!r}")
     if path.is_dir():
         files: _Files = _FolderFiles(path)
     elif suffix == ".zip":
@@ -179,12 +187,6 @@ def open_images(
     if not files.names:
         raise ValueError(f"{str(path)!r} contains no pictures (looked for {', '.join(IMAGE_SUFFIXES)})")
     return _PictureSource(path, skip, files=files, resize=resize).measured(size)
-
-
-def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key that compares runs of digits as numbers: "b/image2.jpg" < "b/image10.jpg"."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part), name
 
 
 def image_number(name: str) -> int | None:
@@ -212,6 +214,10 @@ def _is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(".") or p == "__MACOSX" for p in parts)
 
 
+def _ordered(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: (natural_key(name.casefold()), name)))
+
+
 class _FolderFiles(_Files):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -219,7 +225,7 @@ class _FolderFiles(_Files):
         for where, _, files in os.walk(folder, followlinks=True):
             relative = Path(where).relative_to(folder)
             found.extend(name for name in ((relative / file).as_posix() for file in files) if _is_picture(name))
-        self.names = tuple(sorted(found, key=natural_key))
+        self.names = _ordered(found)
 
     def read(self, name: str) -> bytes:
         return _read_file(self.folder / name, name)
@@ -252,7 +258,7 @@ class _ZipFiles(_Files):
                 f"{str(path)!r} is no readable zip archive ({error}); it may be truncated, copy it again"
             ) from error
         self.members = {info.filename: info for info in self.archive.infolist() if _is_picture(info.filename)}
-        self.names = tuple(sorted(self.members, key=natural_key))
+        self.names = _ordered(self.members)
 
     def read(self, name: str) -> bytes:
         info = self.members[name]
@@ -281,7 +287,7 @@ def decode_image(data: bytes, name: str, size: tuple[int, int] | None, resize: b
                 raise ImageError(
                     name,
                     f"is {height} x {width} pixels (height x width), expected {size[0]} x {size[1]}; "
-                    "ask for resizing to bring images to one size",
+                    "resizing has to be asked for (resize=True, or --resize)",
                 )
             if height * width > MAX_PIXELS:
                 raise ImageError(name, f"has {height} x {width} pixels, more than the {MAX_PIXELS:,} admitted")
@@ -413,7 +419,7 @@ class _NpyRows(_Rows):
 class _NpzRows(_Rows):
     """One member of an .npz, decompressed as a stream: `numpy.load` would hold the whole array."""
 
-    def __init__(self, path: Path, key: str | None) -> None:
+    def __init__(self, path: Path, key: str | None, layout: str) -> None:
         try:
             self.archive = zipfile.ZipFile(path)
             headers = {
@@ -426,12 +432,11 @@ class _NpzRows(_Rows):
         except Exception as error:  # zipfile and NumPy raise many kinds of exception on damaged data
             raise ValueError(f"{str(path)!r} is no readable .npz file ({error})") from error
         if key is None:
-            fitting = [name for name, (shape, _, _) in headers.items() if len(shape) == 4 and shape[3] == 3]
+            channels = 3 if layout == "NHWC" else 1
+            fitting = [name for name, (shape, _, _) in headers.items() if len(shape) == 4 and shape[channels] == 3]
             if len(fitting) != 1:
                 found = "none" if not fitting else "several: " + ", ".join(fitting)
-                raise ValueError(
-                    f"{str(path)!r} should contain one array [N, H, W, 3], found {found}; give its key"
-                )
+                raise ValueError(f"{str(path)!r} should contain one array of images, found {found}; give its key")
             key = fitting[0]
         if key not in headers:
             raise ValueError(f"{str(path)!r} has no array {key!r}; it has {', '.join(headers) or 'none'}")
@@ -477,19 +482,23 @@ def _read_npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 class _ArraySource(ImageSource):
     rows: _Rows = field(kw_only=True)
     recentred: bool = field(kw_only=True)
+    layout: str = field(kw_only=True)
 
     def checked(self, size: tuple[int, int] | None) -> _ArraySource:
         shape, dtype, where = self.rows.shape, self.rows.dtype, self.rows.where
-        if len(shape) != 4 or shape[3] != 3:
-            if len(shape) == 3 and shape[2] == 3:
+        channels, other = (3, 1) if self.layout == "NHWC" else (1, 3)
+        if len(shape) != 4 or shape[channels] != 3:
+            wanted = "[N, H, W, 3]" if self.layout == "NHWC" else "[N, 3, H, W]"
+            if len(shape) == 3 and shape[channels - 1] == 3:
                 advice = "; save a single image as image[None]"
-            elif len(shape) == 4 and shape[1] == 3:
-                advice = "; put channels last with images.transpose(0, 2, 3, 1)"
+            elif len(shape) == 4 and shape[other] == 3:
+                advice = f'; say that its layout is "{"NCHW" if self.layout == "NHWC" else "NHWC"}"'
             else:
                 advice = ""
-            raise ValueError(f"{where} should have shape [N, H, W, 3], got {list(shape)}{advice}")
-        if shape[0] == 0 or shape[1] == 0 or shape[2] == 0:
+            raise ValueError(f"{where} should have shape {wanted}, got {list(shape)}{advice}")
+        if 0 in shape:
             raise ValueError(f"{where} contains no images: its shape is {list(shape)}")
+        height, width = shape[1:3] if self.layout == "NHWC" else shape[2:4]
         if self.recentred and dtype not in (np.float32, np.float64):
             raise ValueError(f"{where} should hold recentred float32 or float64 values, got {dtype}")
         if not self.recentred and dtype != np.uint8:
@@ -498,11 +507,11 @@ class _ArraySource(ImageSource):
             else:
                 advice = "save it with images.astype(numpy.uint8)"
             raise ValueError(f"{where} should be uint8 with RGB 0..255, got {dtype}; {advice}")
-        if size is not None and shape[1:3] != tuple(size):
+        if size is not None and (height, width) != tuple(size):
             raise ValueError(
-                f"images of {where} are {shape[1]} x {shape[2]} pixels (height x width), expected {size[0]} x {size[1]}"
+                f"images of {where} are {height} x {width} pixels (height x width), expected {size[0]} x {size[1]}"
             )
-        self.height, self.width = shape[1:3]
+        self.height, self.width = height, width
         return self
 
     @property
@@ -511,7 +520,8 @@ class _ArraySource(ImageSource):
 
     def _arrays(self, ahead: int) -> Iterator[NDArray[Any] | ImageError]:
         first = 0
-        for chunk in self.rows.chunks(ahead):
+        for stored in self.rows.chunks(ahead):
+            chunk = stored if self.layout == "NHWC" else stored.transpose(0, 2, 3, 1)
             if self.recentred:
                 finite = np.isfinite(chunk).all(axis=(1, 2, 3))
                 for i, image in enumerate(chunk.astype(np.float32, copy=False)):
