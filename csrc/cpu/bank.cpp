@@ -56,7 +56,7 @@ thread_local Buffer scratch_buffer;
 struct Resolved {
   const Kernels* kernels;
   std::vector<ModelView> models;
-  std::vector<float> recentred;        // [3, 256]
+  float mean[3];
   ImagesView images;
   std::int64_t stride_n, stride_y, stride_x, stride_c;
   bool rows = false, transformed = false;  // which forms of an image the models read
@@ -94,13 +94,7 @@ Status resolve(const BankView& bank, const ImagesView& images, const std::int64_
   r->stride_c = nhwc ? 1 : plane;
   r->image_bytes = r->kernels->prepared_bytes(static_cast<std::int32_t>(images.height),
                                               static_cast<std::int32_t>(images.width), r->rows, r->transformed);
-  // The published recentring: subtract the mean in double precision, then round.
-  r->recentred.resize(3 * 256);
-  for (int c = 0; c < 3; ++c) {
-    for (int level = 0; level < 256; ++level) {
-      r->recentred[static_cast<std::size_t>(c * 256 + level)] = static_cast<float>(level - double{bank.weights[c]});
-    }
-  }
+  for (int c = 0; c < 3; ++c) r->mean[c] = bank.weights[c];
   return Status::ok;
 }
 
@@ -114,7 +108,7 @@ PreparedImage prepare(const Resolved& r, std::int64_t image, void* memory) {
   source.stride_c = r.stride_c;
   source.height = static_cast<std::int32_t>(r.images.height);
   source.width = static_cast<std::int32_t>(r.images.width);
-  source.recentred = r.recentred.data();
+  for (int c = 0; c < 3; ++c) source.mean[c] = r.mean[c];
   PreparedImage prepared;
   r.kernels->prepare(source, r.rows, r.transformed, memory, &prepared);
   return prepared;

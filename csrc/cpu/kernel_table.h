@@ -42,7 +42,7 @@ struct ImageSource {
   bool is_u8;
   std::int64_t stride_y, stride_x, stride_c;  // in elements
   std::int32_t height, width;
-  const float* recentred;       // [3, 256]: recentred value of each 8-bit level
+  float mean[3];                // subtracted from 8-bit levels
 };
 
 struct Kernels {

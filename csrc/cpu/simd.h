@@ -172,6 +172,37 @@ CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
 
 #endif
 
+// Keep x in a register: without it GCC reloads a vector from memory at every use, and the products become bound by loads.
+CL_INLINE void vkeep(vf& x) {
+#if defined(CORTEXLOOP_ISA_AVX512) && defined(__GNUC__)
+  __asm__("" : "+v"(x));
+#elif (defined(CORTEXLOOP_ISA_AVX2) || defined(CORTEXLOOP_SSE2)) && defined(__GNUC__)
+  __asm__("" : "+x"(x));
+#elif defined(CORTEXLOOP_ISA_NEON) && defined(__GNUC__)
+  __asm__("" : "+w"(x));
+#else
+  static_cast<void>(x);
+#endif
+}
+
+// Four floats, for RGB pixels: the fourth lane carries something that is never stored.
+#if defined(CORTEXLOOP_ISA_NEON)
+using v4 = float32x4_t;
+CL_INLINE v4 v4_load(const float* p) { return vld1q_f32(p); }
+CL_INLINE v4 v4_add(v4 a, v4 b) { return vaddq_f32(a, b); }
+CL_INLINE void v4_store(float* p, v4 x) { vst1q_f32(p, x); }
+#elif defined(__SSE2__) || defined(_M_X64)
+using v4 = __m128;
+CL_INLINE v4 v4_load(const float* p) { return _mm_loadu_ps(p); }
+CL_INLINE v4 v4_add(v4 a, v4 b) { return _mm_add_ps(a, b); }
+CL_INLINE void v4_store(float* p, v4 x) { _mm_storeu_ps(p, x); }
+#else
+using v4 = vf;
+CL_INLINE v4 v4_load(const float* p) { return vload(p); }
+CL_INLINE v4 v4_add(v4 a, v4 b) { return vadd(a, b); }
+CL_INLINE void v4_store(float* p, v4 x) { vstore(p, x); }
+#endif
+
 // Sum of the lanes, always in the order of a binary tree over lane numbers.
 CL_INLINE float vsum(vf x) {
   float lane[kLanes];

@@ -23,6 +23,8 @@ struct Backward {
   float* d_z[kMaxDepth];        // [out_w, out_p] of the row at work
   float* taps;                  // [k slots, out_w, k, taps_p]
   std::int32_t taps_p;
+  float* tap_sums;              // [tap_columns, taps_p]: taps of one image row, with K - 1 zero columns on both sides
+  std::int32_t tap_columns;
   float* grad_row;              // [in_w * 3 + 4]
 };
 
@@ -42,6 +44,9 @@ inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {
   const LayerView& first = model.layers[0];
   b.taps_p = (first.kernel * 3 + kPaddedChannels - 1) / kPaddedChannels * kPaddedChannels;
   b.taps = arena.floats(static_cast<std::int64_t>(first.kernel) * first.out_w * first.kernel * b.taps_p);
+  const int reach = (first.pad_left + first.in_w - 1) / first.stride + 1;
+  b.tap_columns = 2 * (first.kernel - 1) + (reach > first.out_w ? reach : first.out_w);
+  b.tap_sums = arena.floats(static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
   b.grad_row = arena.floats(first.in_w * 3 + 4);
 }
 
@@ -146,25 +151,49 @@ inline void taps_row(Backward& b, int v) {
   gemm(g);
 }
 
-// Sum the taps that fall on each pixel of image row y into b.grad_row [in_w, 3].
-inline void gather_taps(const Backward& b, int y) {
+// Sum the taps that fall on each pixel of image row y into b.grad_row [in_w, 3]: first over the rows of the kernel, whole
+// vectors at a time, then over its columns.
+template <int K>
+void gather_taps(const Backward& b, int y) {
   const LayerView& layer = b.forward.model->layers[0];
-  const std::int64_t pixel_floats = static_cast<std::int64_t>(layer.kernel) * b.taps_p;
-  for (int x = 0; x < layer.in_w; ++x) {
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // three colours; the fourth lane is never stored
-    for (int i = 0; i < layer.kernel; ++i) {
-      const int reach_y = y + layer.pad_top - i;
-      if (reach_y < 0 || reach_y % layer.stride != 0 || reach_y / layer.stride >= layer.out_h) continue;
-      const std::int64_t slot = (reach_y / layer.stride) % layer.kernel;
-      const float* row = b.taps + slot * layer.out_w * pixel_floats + i * b.taps_p;
-      for (int j = 0; j < layer.kernel; ++j) {
-        const int reach_x = x + layer.pad_left - j;
-        if (reach_x < 0 || reach_x % layer.stride != 0 || reach_x / layer.stride >= layer.out_w) continue;
-        const float* CL_RESTRICT tap = row + reach_x / layer.stride * pixel_floats + j * 3;
-        for (int c = 0; c < 4; ++c) sum[c] += tap[c];
-      }
+  const std::int64_t taps_p = b.taps_p, pixel_floats = K * taps_p;
+  const float* rows[K] = {};
+  int n_rows = 0;
+  for (int i = 0; i < K; ++i) {
+    const int reach = y + layer.pad_top - i;
+    const int v = reach / layer.stride;
+    if (reach < 0 || reach % layer.stride != 0 || v >= layer.out_h) continue;
+    rows[n_rows++] = b.taps + (v % K) * layer.out_w * pixel_floats + i * taps_p;
+  }
+  float* CL_RESTRICT sums = b.tap_sums + (K - 1) * taps_p;  // column 0 of the map; zero columns on both sides
+  for (int x = 0; x < layer.out_w; ++x) {
+    for (int t = 0; t < taps_p; t += kLanes) {
+      vf sum = vzero();
+      for (int i = 0; i < n_rows; ++i) sum = vadd(sum, vload(rows[i] + x * pixel_floats + t));
+      vstore(sums + x * taps_p + t, sum);
     }
-    for (int c = 0; c < 3; ++c) b.grad_row[x * 3 + c] = sum[c];
+  }
+  for (int x = 0; x < layer.in_w; ++x) {
+    const int reach = x + layer.pad_left;
+    v4 colour;
+    if (layer.stride == 1) {
+      colour = v4_load(sums + reach * taps_p);
+      CL_UNROLL for (int j = 1; j < K; ++j) colour = v4_add(colour, v4_load(sums + (reach - j) * taps_p + j * 3));
+    } else {
+      const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      colour = v4_load(zero);
+      for (int j = reach % 2; j < K; j += 2) colour = v4_add(colour, v4_load(sums + (reach - j) / 2 * taps_p + j * 3));
+    }
+    v4_store(b.grad_row + x * 3, colour);
+  }
+}
+
+inline void gather_row(const Backward& b, int y) {
+  switch (b.forward.model->layers[0].kernel) {
+    case 1: return gather_taps<1>(b, y);
+    case 3: return gather_taps<3>(b, y);
+    case 5: return gather_taps<5>(b, y);
+    default: return gather_taps<7>(b, y);
   }
 }
 
@@ -188,13 +217,14 @@ inline float bank_gradient(const ModelView& model, const PreparedImage& image, f
 
   const LayerView& first = model.layers[0];
   for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l], model.layers[l].out_w);
+  fill_zero(b.tap_sums, static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
   for (int y = 0; y < first.in_h; ++y) {
     const int last = last_reaching(first, y);
     while (b.next[0] <= last) {
       taps_row(b, b.next[0]);
       ++b.next[0];
     }
-    gather_taps(b, y);
+    gather_row(b, y);
     float* CL_RESTRICT out = grad + static_cast<std::int64_t>(y) * first.in_w * 3;
     const float* CL_RESTRICT row = b.grad_row;
     if (overwrite) {

@@ -249,27 +249,62 @@ inline float bank_forward(const ModelView& model, const PreparedImage& image, bo
 
 inline std::int64_t image_row_stride(std::int32_t width) { return (width + 2 * kImageMargin + kImageSlack) * 3; }
 
+// What `prepare_image` needs besides its result.
+struct PrepareScratch {
+  float* phases;                // [3, 4, tiles_p + kTileAlign]
+  float* row;                   // [row_floats]: one recentred row behind two zero pixels
+  std::int64_t row_floats;
+};
+
 inline void prepared_layout(Arena& arena, int height, int width, bool rows, bool transformed, PreparedImage& p,
-                            float*& phases) {
+                            PrepareScratch& scratch) {
   p.row_stride = image_row_stride(width);
   p.tiles_p = tiles_padded(width);
   p.rows = rows ? arena.floats((height + 2 * kImageMargin) * p.row_stride) : nullptr;
   p.transformed = transformed ? arena.floats(static_cast<std::int64_t>(height + 4) * 3 * kPoints * p.tiles_p) : nullptr;
-  phases = transformed ? arena.floats(4LL * (p.tiles_p + kTileAlign)) : nullptr;
+  scratch.phases = arena.floats(3 * 4LL * (p.tiles_p + kTileAlign));
+  scratch.row_floats = (width + 2 * kTile) * 3LL;
+  scratch.row = arena.floats(scratch.row_floats);
 }
 
 inline std::int64_t prepared_bytes(std::int32_t height, std::int32_t width, bool rows, bool transformed) {
   Arena arena = {nullptr, 0};
   PreparedImage p;
-  float* phases;
-  prepared_layout(arena, height, width, rows, transformed, p, phases);
+  PrepareScratch scratch;
+  prepared_layout(arena, height, width, rows, transformed, p, scratch);
   return arena.used;
 }
 
-CL_INLINE float pixel(const ImageSource& s, std::int64_t y, std::int64_t x, int c) {
-  const std::int64_t at = y * s.stride_y + x * s.stride_x + c * s.stride_c;
-  if (s.is_u8) return s.recentred[c * 256 + static_cast<const std::uint8_t*>(s.data)[at]];
-  return static_cast<const float*>(s.data)[at];
+// One row of an image as recentred floats, [width, 3]. float(level) - mean is the correctly rounded difference.
+inline void recentred_row(const ImageSource& s, std::int64_t y, float* CL_RESTRICT out) {
+  if (s.stride_c != 1) {
+    for (int c = 0; c < 3; ++c) {
+      const std::int64_t at = y * s.stride_y + c * s.stride_c;
+      if (s.is_u8) {
+        const auto* in = static_cast<const std::uint8_t*>(s.data) + at;
+        for (int x = 0; x < s.width; ++x) out[x * 3 + c] = static_cast<float>(in[x]) - s.mean[c];
+      } else {
+        const auto* in = static_cast<const float*>(s.data) + at;
+        for (int x = 0; x < s.width; ++x) out[x * 3 + c] = in[x];
+      }
+    }
+    return;
+  }
+  const std::int64_t n = s.width * 3LL;
+  if (!s.is_u8) {
+    const auto* in = static_cast<const float*>(s.data) + y * s.stride_y;
+    for (std::int64_t i = 0; i < n; ++i) out[i] = in[i];
+    return;
+  }
+  const auto* CL_RESTRICT in = static_cast<const std::uint8_t*>(s.data) + y * s.stride_y;
+  // The mean repeats every 3 values: blocks of 48 are whole vectors on every instruction set.
+  float mean[48];
+  for (int i = 0; i < 48; ++i) mean[i] = s.mean[i % 3];
+  std::int64_t at = 0;
+  for (; at + 48 <= n; at += 48) {
+    for (int i = 0; i < 48; ++i) out[at + i] = static_cast<float>(in[at + i]) - mean[i];
+  }
+  for (std::int64_t i = 0; at + i < n; ++i) out[at + i] = static_cast<float>(in[at + i]) - mean[i];
 }
 
 inline void fill_zero(float* p, std::int64_t n) {
@@ -278,15 +313,12 @@ inline void fill_zero(float* p, std::int64_t n) {
 
 inline void prepare_image(const ImageSource& s, bool rows, bool transformed, void* memory, PreparedImage* image) {
   Arena arena = {static_cast<char*>(memory), 0};
-  float* phases;
-  prepared_layout(arena, s.height, s.width, rows, transformed, *image, phases);
+  PrepareScratch scratch;
+  prepared_layout(arena, s.height, s.width, rows, transformed, *image, scratch);
   if (rows) {
     fill_zero(image->rows, (s.height + 2 * kImageMargin) * image->row_stride);
     for (int y = 0; y < s.height; ++y) {
-      float* out = image->rows + (y + kImageMargin) * image->row_stride + kImageMargin * 3;
-      for (int x = 0; x < s.width; ++x) {
-        for (int c = 0; c < 3; ++c) out[x * 3 + c] = pixel(s, y, x, c);
-      }
+      recentred_row(s, y, image->rows + (y + kImageMargin) * image->row_stride + kImageMargin * 3);
     }
   }
   if (!transformed) return;
@@ -294,13 +326,20 @@ inline void prepare_image(const ImageSource& s, bool rows, bool transformed, voi
   const std::int64_t row_floats = 3LL * kPoints * tiles_p;
   fill_zero(image->transformed, 2 * row_floats);
   fill_zero(image->transformed + (s.height + 2) * row_floats, 2 * row_floats);
-  fill_zero(phases, 4LL * phase_stride);
-  const float* phase[4];
-  for (int r = 0; r < 4; ++r) phase[r] = phases + r * phase_stride;
+  fill_zero(scratch.phases, 3 * 4LL * phase_stride);
+  fill_zero(scratch.row, scratch.row_floats);
+  const int tiles = (s.width + 2 + kTile - 1) / kTile;
   for (int y = 0; y < s.height; ++y) {
+    // Padded pixel 4 t + r is phase r of tile t; the row buffer has the two zero pixels of the left margin.
+    recentred_row(s, y, scratch.row + 2 * 3);
+    for (int t = 0; t < tiles; ++t) {
+      for (int r = 0; r < 4; ++r) {
+        for (int c = 0; c < 3; ++c) scratch.phases[(c * 4 + r) * phase_stride + t] = scratch.row[(t * 4 + r) * 3 + c];
+      }
+    }
     for (int c = 0; c < 3; ++c) {
-      // Padded column x + 2 is phase (x + 2) % 4 of tile (x + 2) / 4; the margins stay zero.
-      for (int x = 0; x < s.width; ++x) phases[((x + 2) & 3) * phase_stride + ((x + 2) >> 2)] = pixel(s, y, x, c);
+      const float* phase[4];
+      for (int r = 0; r < 4; ++r) phase[r] = scratch.phases + (c * 4 + r) * phase_stride;
       winograd_image_row(phase, tiles_p, image->transformed + (y + 2) * row_floats + c * kPoints * tiles_p);
     }
   }

@@ -36,7 +36,10 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
     const std::int64_t lda = g.lda, ldb = g.ldb;
     for (int d = 0; d < g.depth; ++d) {
       vf row[N];
-      CL_UNROLL for (int n = 0; n < N; ++n) row[n] = vload(b + n * kLanes);
+      CL_UNROLL for (int n = 0; n < N; ++n) {
+        row[n] = vload(b + n * kLanes);
+        if (P > 1) vkeep(row[n]);
+      }
       CL_UNROLL for (int p = 0; p < P; ++p) {
         const vf value = vset1(a[p * lda]);
         CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = vfma(value, row[n], acc[p][n]);
@@ -59,14 +62,25 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
   }
 }
 
-// All pixels for N vectors. The last block overlaps the one before it: recomputing a few pixels beats a tail.
+// All pixels for N vectors: blocks of P, a block of half that, then one block that overlaps its left neighbour.
 template <int P, int N>
 void gemm_columns(const GemmArgs& g, int v) {
-  if (g.width < P) {
-    for (int x = 0; x < g.width; ++x) gemm_block<1, N>(g, x, v);
+  constexpr int kHalf = P / 2;
+  int x = 0;
+  for (; x + P <= g.width; x += P) gemm_block<P, N>(g, x, v);
+  if (x < g.width && g.width >= P && g.width - x > kHalf) {
+    gemm_block<P, N>(g, g.width - P, v);
     return;
   }
-  for (int x = 0; x < g.width; x += P) gemm_block<P, N>(g, x + P <= g.width ? x : g.width - P, v);
+  if (x < g.width && g.width >= kHalf) {
+    if (x + kHalf <= g.width) {
+      gemm_block<kHalf, N>(g, x, v);
+      x += kHalf;
+    }
+    if (x < g.width) gemm_block<kHalf, N>(g, g.width - kHalf, v);
+    return;
+  }
+  for (; x < g.width; ++x) gemm_block<1, N>(g, x, v);
 }
 
 // Block shapes by register count: 32 registers hold up to 28 accumulators, 16 hold 12.

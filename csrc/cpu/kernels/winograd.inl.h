@@ -70,7 +70,10 @@ CL_INLINE void winograd_sum(const WinogradArgs& w, int group, int t, int v, vf (
   for (int row_colour = 0; row_colour < 5 * 3; ++row_colour) {
     CL_UNROLL for (int p = 0; p < 4; ++p) {
       vf u[N];
-      CL_UNROLL for (int n = 0; n < N; ++n) u[n] = vload(weights + n * kLanes);
+      CL_UNROLL for (int n = 0; n < N; ++n) {
+        u[n] = vload(weights + n * kLanes);
+        if (T > 1) vkeep(u[n]);
+      }
       CL_UNROLL for (int k = 0; k < T; ++k) {
         const vf value = vset1(image[k]);
         CL_UNROLL for (int n = 0; n < N; ++n) acc[p][k][n] = vfma(value, u[n], acc[p][k][n]);
