@@ -1,0 +1,208 @@
+"""The command `cortexloop`: options, help texts and exit codes. The modules beside this one do the work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from cortexloop.cli.console import BadInput, complain, stdout, warnings_in_one_line
+
+app = typer.Typer(
+    name="cortexloop",
+    help="Banks of compact models of visual neurons, evaluated together.",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Models = Annotated[Path, typer.Option("--models", help="Model file, or folder of model files, of any readable format.")]
+Images = Annotated[
+    Path, typer.Option("--images", help="Folder or zip of pictures, .npy or .npz array, or one picture.")
+]
+Neurons = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer evaluates this on Python 3.10 as well
+    typer.Option("--neurons", help="Names, patterns ('190923/*') or positions ('0,3-7') of models; all if not given."),
+]
+Threads = Annotated[Optional[int], typer.Option("--threads", help="Number of threads; all processors if not given.")]  # noqa: UP045
+Backend = Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")]
+Precision = Annotated[str, typer.Option("--precision", help="exact or fast (reduced precision, where supported).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no progress.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used, and list them.")]
+Resize = Annotated[bool, typer.Option("--resize", help="Bring pictures to the models' input size (Pillow, bicubic).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import cortexloop
+
+        stdout().print(f"cortexloop {cortexloop.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Banks of compact models of visual neurons, evaluated together."""
+    if context.invoked_subcommand is None:
+        stdout().print(context.get_help())
+
+
+@app.command()
+def demo(
+    models: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--models", help="Models to show; nine built-in textbook neurons if not given."),
+    ] = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--images", help="Images to score; procedural images if not given."),
+    ] = None,
+    responses: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--responses", help="Recorded responses (.npz, .npy, .csv) to correlate predictions with."),
+    ] = None,
+    recording: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--recording", help="Which recording of the responses file belongs to the images."),
+    ] = None,
+    held_out_from: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--held-out-from", help="Correlate on images from this number on only (601: published models)."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report; made if missing.")] = Path(
+        "cortexloop-demo"
+    ),
+    neurons: Neurons = None,
+    show: Annotated[int, typer.Option("--show", help="How many neurons get a card and a synthesized image.")] = 12,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of gradient ascent.")] = 100,
+    count: Annotated[int, typer.Option("--count", help="Number of procedural images.")] = 480,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of procedural images and of the noise to climb from.")] = 0,
+    skip_bad: SkipBad = False,
+    resize: Resize = False,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    json: Json = False,
+) -> None:
+    """Score images, find preferred ones, synthesize maximizing ones, and write a report in one HTML file."""
+    from cortexloop.cli.demo import DemoOptions
+    from cortexloop.cli.demo import demo as run_demo
+
+    run_demo(
+        DemoOptions(
+            models=models,
+            images=images,
+            responses=responses,
+            recording=recording,
+            held_out_from=held_out_from,
+            out=out,
+            neurons=tuple(neurons or ()),
+            show=show,
+            steps=steps,
+            count=count,
+            seed=seed,
+            skip_bad=skip_bad,
+            resize=resize,
+            threads=threads,
+            backend=backend,
+            json=json,
+        )
+    )
+
+
+@app.command()
+def respond(
+    models: Models,
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", help="Table to write: .npz, .csv or .parquet.")],
+    neurons: Neurons = None,
+    batch: Annotated[int, typer.Option("--batch", help="Images per batch.")] = 64,
+    precision: Precision = "exact",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    layout: Annotated[str, typer.Option("--layout", help="Axes of an array file: NHWC or NCHW.")] = "NHWC",
+    key: Annotated[Optional[str], typer.Option("--key", help="Name of the array in an .npz of images.")] = None,  # noqa: UP045
+    recentred: Annotated[
+        bool, typer.Option("--recentred", help="The array file holds float values recentred already.")
+    ] = False,
+    skip_bad: SkipBad = False,
+    resize: Resize = False,
+    json: Json = False,
+) -> None:
+    """Write the responses of models to images into a table; streams, so that any number of images fits in memory."""
+    from cortexloop.cli.respond import RespondOptions
+    from cortexloop.cli.respond import respond as run_respond
+
+    run_respond(
+        RespondOptions(
+            models=models,
+            images=images,
+            out=out,
+            neurons=tuple(neurons or ()),
+            batch=batch,
+            precision=precision,
+            threads=threads,
+            backend=backend,
+            layout=layout,
+            key=key,
+            recentred=recentred,
+            skip_bad=skip_bad,
+            resize=resize,
+            json=json,
+        )
+    )
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Describe the installation: versions, processor, instruction set, threads, backends and why (not)."""
+    from cortexloop.cli.doctor import doctor as run_doctor
+
+    run_doctor(json=json)
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--models", help="Models to time; random ones of the published shapes if not given."),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to measure.")] = 20.0,
+    json: Json = False,
+) -> None:
+    """Time this machine: milliseconds per image and model, against plain torch modules, interleaved."""
+    from cortexloop.cli.bench import bench as run_bench
+
+    run_bench(models, seconds=seconds, json=json)
+
+
+# click's UsageError, which some versions of typer import and others carry within.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command. Exit code: 0 success, 2 bad input (one sentence on stderr), 130 interrupted."""
+    from PIL import Image
+
+    with warnings.catch_warnings(), warnings_in_one_line():
+        # Large pictures are refused by name where they are read; Pillow's own warning would come on top.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            code = app(args=list(arguments), prog_name="cortexloop", standalone_mode=False)
+        except BadInput as error:
+            complain(str(error))
+            return 2
+        except _UsageError as error:
+            complain(f"{error.format_message()} (see cortexloop --help)")
+            return 2
+        except (KeyboardInterrupt, typer.Abort):
+            complain("interrupted; nothing was written")
+            return 130
+    return code if isinstance(code, int) else 0
