@@ -149,7 +149,7 @@ def _recentred(images: Tensor, weights: Tensor, layout: str) -> Tensor:
     x = images.permute(0, 3, 1, 2) if layout == "NHWC" else images
     if images.dtype == torch.uint8:
         x = (x.double() - weights[:3].double()[:, None, None]).float()
-    return x.to(_math_dtype(images))
+    return x.to(_math_dtype(images)).contiguous()  # torch sums in another order where channels lie last
 
 
 def _chunks(images: Tensor) -> list[slice]:
