@@ -1,4 +1,4 @@
-"""`cortexloop` and `python -m cortexloop`. Without arguments the latter describes the installation, as `doctor` does."""
+"""`cortexloop` and `python -m cortexloop`; without arguments the latter describes the installation, as `doctor` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 success, 2 bad input, 130 interrupted; errors of the program itself propagate."""
+    """Run the command line and exit: 0 success, 2 bad input, 130 interrupted. Bugs propagate with their traceback."""
     from cortexloop.cli.app import run
 
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from cortexloop.cli.console import BadInput, complain, stdout, warnings_in_one_line
+from cortexloop.cli.console import BadInputError, complain, stdout, warnings_in_one_line
 
 app = typer.Typer(
     name="cortexloop",
@@ -196,7 +196,7 @@ def run(arguments: Sequence[str]) -> int:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             code = app(args=list(arguments), prog_name="cortexloop", standalone_mode=False)
-        except BadInput as error:
+        except BadInputError as error:
             complain(str(error))
             return 2
         except _UsageError as error:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
-class BadInput(Exception):
+class BadInputError(Exception):
     """Something that the user gave cannot be used; the message is one sentence. The exit code is 2."""
 
 
@@ -30,7 +30,7 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise BadInput(sentence(error)) from error
+        raise BadInputError(sentence(error)) from error
 
 
 def sentence(error: BaseException) -> str:

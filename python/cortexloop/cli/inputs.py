@@ -10,14 +10,14 @@ from pathlib import Path
 
 import cortexloop as cl
 from cortexloop import io
-from cortexloop.cli.console import BadInput, bad_input, sentence
+from cortexloop.cli.console import BadInputError, bad_input, sentence
 
 
 def load_bank(path: Path, neurons: Sequence[str] = ()) -> cl.ModelBank:
     """The models of a file or folder, or those of them that `neurons` chooses; only these are read.
 
     Raises:
-        BadInput: an unreadable source, or a choice that matches nothing.
+        BadInputError: an unreadable source, or a choice that matches nothing.
     """
     with bad_input(), io.open_models(path) as files:
         chosen = choose(files.names, neurons)
@@ -28,7 +28,7 @@ def choose(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """Names chosen by comma-separated names, patterns ("190923/*") or positions ("0", "3-7"); all for an empty choice.
 
     Raises:
-        BadInput: a part of the choice that matches nothing.
+        BadInputError: a part of the choice that matches nothing.
     """
     parts = [part.strip() for text in wanted for part in text.split(",") if part.strip()]
     if not parts:
@@ -38,7 +38,7 @@ def choose(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
         found = _matches(names, part)
         if not found:
             some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-            raise BadInput(f"--neurons {part!r} matches none of the {len(names)} models ({some})")
+            raise BadInputError(f"--neurons {part!r} matches none of the {len(names)} models ({some})")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -59,7 +59,7 @@ def output_table(path: Path, columns: Sequence[str]) -> Iterator[io.TableWriter]
     """`io.open_table` for a destination that the user gave; errors of computing within the block pass unchanged.
 
     Raises:
-        BadInput: an unsuitable name, a missing folder, no permission, no space left.
+        BadInputError: an unsuitable name, a missing folder, no permission, no space left.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -67,14 +67,14 @@ def output_table(path: Path, columns: Sequence[str]) -> Iterator[io.TableWriter]
                 table = stack.enter_context(io.open_table(path, columns))
             yield table
     except OSError as error:
-        raise BadInput(sentence(error)) from error
+        raise BadInputError(sentence(error)) from error
 
 
 def settle_threads(threads: int | None) -> int:
     """Set the number of threads if one is given; the number in force.
 
     Raises:
-        BadInput: less than 1.
+        BadInputError: less than 1.
     """
     if threads is not None:
         with bad_input():
@@ -88,16 +88,16 @@ def settle_backend(
     """Which backend will run, before any work is done.
 
     Raises:
-        BadInput: an unknown or unable backend, or an unknown precision.
+        BadInputError: an unknown or unable backend, or an unknown precision.
     """
     if precision not in ("exact", "fast"):
-        raise BadInput(f"--precision should be exact or fast, got {precision!r}")
+        raise BadInputError(f"--precision should be exact or fast, got {precision!r}")
     try:
         with bad_input():
             verdict = cl.explain(op, bank, batch=batch, dtype=dtype, precision=precision, backend=backend)
     except cl.BackendError as error:
-        raise BadInput(sentence(error)) from error
+        raise BadInputError(sentence(error)) from error
     reason = verdict.reason(backend) if backend != "auto" else None
     if reason is not None:
-        raise BadInput(f"the {backend!r} backend cannot run this: {reason}")
+        raise BadInputError(f"the {backend!r} backend cannot run this: {reason}")
     return verdict

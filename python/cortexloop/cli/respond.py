@@ -11,7 +11,7 @@ from rich.table import Table
 
 import cortexloop as cl
 from cortexloop import io
-from cortexloop.cli.console import BadInput, bad_input, guarded, print_json, progress, stderr, stdout
+from cortexloop.cli.console import BadInputError, bad_input, guarded, print_json, progress, stderr, stdout
 from cortexloop.cli.inputs import load_bank, output_table, settle_backend, settle_threads
 
 
@@ -39,12 +39,12 @@ def respond(options: RespondOptions) -> None:
     """Stream images through a bank into a table: at any time about three batches are in memory.
 
     Raises:
-        BadInput: models, images, options or destination that cannot be used.
+        BadInputError: models, images, options or destination that cannot be used.
     """
     if options.batch < 1:
-        raise BadInput(f"--batch should be at least 1, got {options.batch}")
+        raise BadInputError(f"--batch should be at least 1, got {options.batch}")
     if options.out.exists() and any(_same(options.out, path) for path in (options.models, options.images)):
-        raise BadInput(f"--out {str(options.out)!r} would overwrite its own input; give another name")
+        raise BadInputError(f"--out {str(options.out)!r} would overwrite its own input; give another name")
     bank = load_bank(options.models, options.neurons)
     threads = settle_threads(options.threads)
     verdict = settle_backend(
