@@ -39,7 +39,7 @@ SIZE = 112
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 """Weights of R, G, B in luma (ITU-R BT.601)."""
 
-DOT_RADIUS = {"dot_small": 3.5, "dot_large": 8.0}
+DOT_RADIUS = {"dot_small": 4.0, "dot_large": 8.0}
 """Radius of the disc, in pixels, that each dot neuron prefers."""
 
 ARC_RADIUS = 11.0
@@ -61,7 +61,7 @@ _OUTPUT: dict[str, tuple[float, float]] = {
     "curve_up": (178.0, 0.66),
     "curve_right": (104.0, 0.44),
     "corner": (106.0, 0.56),
-    "dot_small": (119.0, 1.58),
+    "dot_small": (169.0, 1.87),
     "dot_large": (315.0, 1.58),
 }
 
@@ -248,7 +248,7 @@ class _Blurs:
 
 
 _DOTS = {
-    "dot_small": _Blurs(0.6, 0.4, 0.3, 0.8, 0.3),
+    "dot_small": _Blurs(0.7, 0.6, 0.3, 0.9, 0.3),
     "dot_large": _Blurs(1.5, 1.5, 0.9, 3.0, 0.2),
 }
 

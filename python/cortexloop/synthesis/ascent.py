@@ -117,7 +117,6 @@ def maximize(
     x = _start_images(bank, noise_image(bank, seed) if start is None else start)
     sign = -1.0 if minimize else 1.0
     low, high, mean = _pixel_range(bank, x)
-    rows, columns = (_blur_matrix(size, blur).to(x) for size in x.shape[1:3])
     pairs = torch.arange(len(bank), device=x.device)
     cotangent = torch.ones(len(bank), dtype=x.dtype, device=x.device)
 
@@ -127,7 +126,7 @@ def maximize(
     grad, reached = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend, return_responses=True)
     initial = reached.clone()
     for t in range(steps):
-        x = x + sign * step_size * _smooth(_unit_rms(grad), rows, columns)
+        x = x + sign * step_size * _blurred(_unit_rms(grad), blur)
         x = torch.minimum(torch.maximum(x, low), high)
         if grey:
             x = (x + mean).mean(-1, keepdim=True) - mean
@@ -145,7 +144,7 @@ def maximize(
         if progress is not None:
             progress(t + 1, _numpy(reached))
         if blurs_now and t < steps - 1:
-            x = _smooth(x, rows, columns)
+            x = _blurred(x, blur)
             grad = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend)
 
     kept = [recorded[t] for t in record]
@@ -211,9 +210,7 @@ def adversarial(
         ones = torch.ones(len(active), dtype=x.dtype, device=x.device)
         grad = input_gradient(x[active], bank, ones, pairs=active, backend=backend)
         moved = torch.minimum(torch.maximum(x[active] + step * _unit_rms(grad), low), high)
-        stuck[active] = (
-            (moved == x[active]).flatten(1).all(dim=1)
-        )  # no gradient, or every pixel it wants is at its bound
+        stuck[active] = (moved == x[active]).flatten(1).all(dim=1)  # no gradient, or all it moves is at its bound
         x[active] = moved
         distance[active] = (x[active] - origin[active]).abs().mean(dim=(1, 2, 3))
         taken[active] += 1
@@ -248,28 +245,31 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     """
     if sigma < 0:
         raise ValueError(f"sigma should not be negative, got {sigma}")
-    return _smooth(images, *(_blur_matrix(size, sigma).to(images) for size in images.shape[-3:-1]))
+    return _blurred(images, sigma)
 
 
-def _blur_matrix(size: int, sigma: float) -> Tensor:
-    """[size, size] float64 matrix that blurs a vector. As a matrix product, any radius and mirror is one line."""
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    """Tap by tap with elementwise sums, so that the bits of an image depend on nothing else in the batch."""
     if sigma == 0:
-        return torch.eye(size, dtype=torch.float64)
+        return x
     radius = int(4.0 * sigma + 0.5)
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    source = np.pad(np.arange(size), radius, mode="symmetric")
-    matrix = np.zeros((size, size))
-    for k, tap in enumerate(taps / taps.sum()):
-        np.add.at(matrix, (np.arange(size), source[k : k + size]), tap)
-    return torch.from_numpy(matrix)
-
-
-def _smooth(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return torch.matmul(columns, torch.matmul(rows, x.flatten(-2)).reshape(x.shape))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    taps = (weights / weights.sum())[radius:].tolist()  # of the centre and of one side
+    for axis in (-3, -2):
+        size = x.shape[axis]
+        mirrored = np.pad(np.arange(size), radius, mode="symmetric")
+        padded = x.index_select(axis, torch.from_numpy(mirrored).to(x.device))
+        total = x * taps[0]
+        for k, tap in enumerate(taps[1:], start=1):
+            total += (padded.narrow(axis, radius - k, size) + padded.narrow(axis, radius + k, size)) * tap
+        x = total
+    return x
 
 
 def _unit_rms(grad: Tensor) -> Tensor:
-    return grad / (grad.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + _RMS_EPSILON)
+    # In float64, the order of the sum (which varies with batch and threads) vanishes in the rounding to float32.
+    rms = grad.double().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return grad / (rms + _RMS_EPSILON).to(grad.dtype)
 
 
 def _start_images(bank: ModelBank, start: NDArray[np.generic] | Tensor) -> Tensor:
