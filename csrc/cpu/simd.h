@@ -21,10 +21,12 @@
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define CL_INLINE __forceinline
+#define CL_NOINLINE __declspec(noinline)
 #define CL_RESTRICT __restrict
 #define CL_UNROLL
 #else
 #define CL_INLINE inline __attribute__((always_inline))
+#define CL_NOINLINE __attribute__((noinline))  // each hot loop gets the registers for itself
 #define CL_RESTRICT __restrict__
 #define CL_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -37,7 +37,8 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
     vf w[K];
     CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
     _Pragma("GCC unroll 32") for (int q = 0; q < (P - 1) * S + K; ++q) {
-      const vf value = vload(in + q * kLanes);
+      vf value = vload(in + q * kLanes);
+      if (P > 1) vkeep(value);
       CL_UNROLL for (int j = 0; j < K; ++j) {
         const int p = (q - j) / S;
         if (q >= j && (q - j) % S == 0 && p < P) acc[p] = vfma(value, w[j], acc[p]);
@@ -49,7 +50,7 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
 }
 
 template <int K, int S>
-void depthwise_row(const DepthwiseArgs& d) {
+CL_NOINLINE void depthwise_row(const DepthwiseArgs& d) {
   constexpr int P = kRegisters >= 32 ? 8 : 4;
   for (int v = 0; v < d.vectors; ++v) {
     if (d.width < P) {
@@ -77,7 +78,8 @@ CL_INLINE void depthwise_transposed_block(const DepthwiseArgs& d, int c0, int v)
     vf w[K];
     CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
     CL_UNROLL for (int r = kFirst; r <= kLast; ++r) {
-      const vf value = vload(in + r * kLanes);
+      vf value = vload(in + r * kLanes);
+      vkeep(value);
       CL_UNROLL for (int j = 0; j < K; ++j) {
         const int p = r * S + j;
         if (p >= 0 && p < P) acc[p] = vfma(value, w[j], acc[p]);
@@ -93,7 +95,7 @@ CL_INLINE void depthwise_transposed_block(const DepthwiseArgs& d, int c0, int v)
 }
 
 template <int K, int S>
-void depthwise_transposed_row(const DepthwiseArgs& d) {
+CL_NOINLINE void depthwise_transposed_row(const DepthwiseArgs& d) {
   for (int v = 0; v < d.vectors; ++v) {
     for (int c0 = d.offset - d.offset % S; c0 < d.offset + d.width; c0 += kTransposedPixels) {
       depthwise_transposed_block<K, S>(d, c0, v);

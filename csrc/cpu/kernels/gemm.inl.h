@@ -64,7 +64,7 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
 
 // All pixels for N vectors: blocks of P, a block of half that, then one block that overlaps its left neighbour.
 template <int P, int N>
-void gemm_columns(const GemmArgs& g, int v) {
+CL_NOINLINE void gemm_columns(const GemmArgs& g, int v) {
   constexpr int kHalf = P / 2;
   int x = 0;
   for (; x + P <= g.width; x += P) gemm_block<P, N>(g, x, v);

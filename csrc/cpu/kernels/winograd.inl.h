@@ -87,7 +87,7 @@ CL_INLINE void winograd_sum(const WinogradArgs& w, int group, int t, int v, vf (
 
 // T tiles x N vectors of channels: 4 T output pixels.
 template <int T, int N>
-void winograd_block(const WinogradArgs& w, int t, int v) {
+CL_NOINLINE void winograd_block(const WinogradArgs& w, int t, int v) {
   vf acc[4][T][N];
   alignas(64) float partial[T][N][4][kLanes];
   winograd_sum<T, N>(w, 0, t, v, acc);
