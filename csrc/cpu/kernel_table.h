@@ -19,7 +19,7 @@ struct LayerView {
   const float* bias;            // [out_p]
   const float* transposed;      // first layer [out_c, k, taps_p], others [out_c, in_p]
   const float* winograd;        // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
-  const std::uint16_t* pairs;   // bfloat16 [ceil(in_c / 2), out_p, 2]; null in the first layer
+  const float* pairs;           // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
 };
 
 struct ModelView {

@@ -90,7 +90,7 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
       layer.spatial = sections.at(f[kSpatial], k * k * in_p);
       layer.pointwise = sections.at(f[kPointwise], channels * out_p);
       layer.transposed = sections.at(f[kTransposed], out_c * in_p);
-      layer.pairs = reinterpret_cast<const std::uint16_t*>(sections.at(f[kPairs], (channels + 1) / 2 * out_p));
+      layer.pairs = sections.at(f[kPairs], (channels + 1) / 2 * out_p);
     }
     if (!sections.ok) return sentence("a section of layer %lld of model %lld lies outside the packed weights", l, model);
     height = f[kOutHeight];

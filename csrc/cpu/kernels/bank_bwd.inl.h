@@ -80,7 +80,7 @@ inline void d_pointwise_row(Backward& b, int l, int v) {
   g.bias = nullptr;
   g.mask = nullptr;
   g.mask_stride = 0;
-  gemm(g);
+  gemm<ExactProduct>(g);
 }
 
 inline void d_z_row(Backward& b, int l, int y) {
@@ -122,6 +122,7 @@ inline void d_z_row(Backward& b, int l, int y) {
   d.width = layer.out_w;
   d.offset = above.pad_left;
   d.out = b.d_z[l];
+  d.pairs = false;
   d.mask = mask;
   d.mask_stride = masks.vector_stride;
   depthwise_transposed(d);
@@ -148,7 +149,7 @@ inline void taps_row(Backward& b, int v) {
   g.bias = nullptr;
   g.mask = nullptr;
   g.mask_stride = 0;
-  gemm(g);
+  gemm<ExactProduct>(g);
 }
 
 // Sum the taps that fall on each pixel of image row y into b.grad_row [in_w, 3]: first over the rows of the kernel, whole

@@ -152,7 +152,7 @@ inline void first_layer_row(const Forward& f, int y) {
   g.bias = layer.bias;
   g.mask = masks.row(y);
   g.mask_stride = masks.vector_stride;
-  gemm(g);
+  gemm<ExactProduct>(g);
 }
 
 inline void separable_row(const Forward& f, int l, int y) {
@@ -173,6 +173,7 @@ inline void separable_row(const Forward& f, int l, int y) {
   d.vectors = vectors_of(layer.in_p);
   d.width = layer.out_w;
   d.out = f.depthwise_row;
+  d.pairs = f.fast;
   depthwise(d);
 
   const float* a = f.depthwise_row;
@@ -191,7 +192,16 @@ inline void separable_row(const Forward& f, int l, int y) {
   g.bias = layer.bias;
   g.mask = masks.row(y);
   g.mask_stride = masks.vector_stride;
-  gemm(g);
+#if defined(CORTEXLOOP_ISA_BF16)
+  if (f.fast) {
+    g.b = &layer.pairs;
+    g.depth = (layer.in_c + 1) / 2;
+    g.lda = layer.in_p / 2;
+    gemm<PairProduct>(g);
+    return;
+  }
+#endif
+  gemm<ExactProduct>(g);
 }
 
 // Compute row y of layer l, first the rows of the layers below that it needs and that are not there yet.

@@ -21,7 +21,8 @@ struct DepthwiseArgs {
   std::int32_t kernel, stride, vectors;
   std::int32_t width;           // output pixels
   std::int32_t offset;          // transposed only: output pixel x lies at padded column x + offset
-  float* out;                   // [width, channels_p]
+  float* out;                   // [width, channels_p]; with `pairs` bfloat16, [width, channels_p / 2] float slots
+  bool pairs;                   // forward only: round the output to bfloat16 for the fast product
   const std::uint16_t* mask;    // transposed only: [vectors, mask_stride], zeroes the output where the bit is 0
   std::int64_t mask_stride;
 };
@@ -45,6 +46,13 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
       }
     }
   }
+#if defined(CORTEXLOOP_ISA_BF16)
+  if (d.pairs) {
+    float* slots = d.out + (u * d.channels_p + v * kLanes) / 2;
+    CL_UNROLL for (int p = 0; p < P; ++p) vstore_pairs(slots + p * d.channels_p / 2, acc[p]);
+    return;
+  }
+#endif
   float* out = d.out + u * d.channels_p + v * kLanes;
   CL_UNROLL for (int p = 0; p < P; ++p) vstore(out + p * d.channels_p, acc[p]);
 }

@@ -13,6 +13,17 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
+// The product at the heart: exact, or in the fast mode two bfloat16 channels at a time, packed into each float slot of `a`
+// and `b` (then `lda` and `depth` count slots).
+struct ExactProduct {
+  static CL_INLINE vf add(vf a, vf b, vf c) { return vfma(a, b, c); }
+};
+#if defined(CORTEXLOOP_ISA_BF16)
+struct PairProduct {
+  static CL_INLINE vf add(vf a, vf b, vf c) { return vdot_pairs(a, b, c); }
+};
+#endif
+
 struct GemmArgs {
   const float* const* a;        // [segments], each [width, lda]
   const float* const* b;        // [segments], each [depth, ldb]
@@ -26,7 +37,7 @@ struct GemmArgs {
   std::int64_t mask_stride;
 };
 
-template <int P, int N>
+template <class Product, int P, int N>
 CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
   vf acc[P][N];
   CL_UNROLL for (int p = 0; p < P; ++p) CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = vzero();
@@ -42,7 +53,7 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
       }
       CL_UNROLL for (int p = 0; p < P; ++p) {
         const vf value = vset1(a[p * lda]);
-        CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = vfma(value, row[n], acc[p][n]);
+        CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = Product::add(value, row[n], acc[p][n]);
       }
       ++a;
       b += ldb;
@@ -63,46 +74,47 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
 }
 
 // All pixels for N vectors: blocks of P, a block of half that, then one block that overlaps its left neighbour.
-template <int P, int N>
+template <class Product, int P, int N>
 CL_NOINLINE void gemm_columns(const GemmArgs& g, int v) {
   constexpr int kHalf = P / 2;
   int x = 0;
-  for (; x + P <= g.width; x += P) gemm_block<P, N>(g, x, v);
+  for (; x + P <= g.width; x += P) gemm_block<Product, P, N>(g, x, v);
   if (x < g.width && g.width >= P && g.width - x > kHalf) {
-    gemm_block<P, N>(g, g.width - P, v);
+    gemm_block<Product, P, N>(g, g.width - P, v);
     return;
   }
   if (x < g.width && g.width >= kHalf) {
     if (x + kHalf <= g.width) {
-      gemm_block<kHalf, N>(g, x, v);
+      gemm_block<Product, kHalf, N>(g, x, v);
       x += kHalf;
     }
-    if (x < g.width) gemm_block<kHalf, N>(g, g.width - kHalf, v);
+    if (x < g.width) gemm_block<Product, kHalf, N>(g, g.width - kHalf, v);
     return;
   }
-  for (; x < g.width; ++x) gemm_block<1, N>(g, x, v);
+  for (; x < g.width; ++x) gemm_block<Product, 1, N>(g, x, v);
 }
 
 // Block shapes by register count: 32 registers hold up to 28 accumulators, 16 hold 12.
-inline void gemm(const GemmArgs& g) {
+template <class Product>
+void gemm(const GemmArgs& g) {
   constexpr bool kMany = kRegisters >= 32;
   int v = 0;
   while (v < g.vectors) {
     const int left = g.vectors - v;
     if (kMany && left == 5) {
-      gemm_columns<5, 5>(g, v);
+      gemm_columns<Product, 5, 5>(g, v);
       v += 5;
     } else if (kMany && left == 4) {
-      gemm_columns<6, 4>(g, v);
+      gemm_columns<Product, 6, 4>(g, v);
       v += 4;
     } else if (left >= 3 && left != 4) {
-      gemm_columns<kMany ? 8 : 4, 3>(g, v);
+      gemm_columns<Product, kMany ? 8 : 4, 3>(g, v);
       v += 3;
     } else if (left >= 2) {
-      gemm_columns<kMany ? 14 : 6, 2>(g, v);
+      gemm_columns<Product, kMany ? 14 : 6, 2>(g, v);
       v += 2;
     } else {
-      gemm_columns<kMany ? 14 : 8, 1>(g, v);
+      gemm_columns<Product, kMany ? 14 : 8, 1>(g, v);
       v += 1;
     }
   }
