@@ -107,6 +107,8 @@ def read_pt(path: Path, name: str, geometry: Geometry) -> CompactWeights:
             tensors[target] = _keras_layout(target, _narrow(value))
     for key in [key for key in tensors if key.endswith("moving_variance") and not key.startswith("layer0/")]:
         stored = tensors[key]
+        if not np.all(np.isfinite(stored)):
+            raise ValueError(f"{key} should be finite, got NaN or infinity")
         epsilon = np.float64(np.float32(1e-3)) if stored.dtype == np.float32 else np.float64(1e-3)
         variance = stored.astype(np.float64) - epsilon
         if np.any(variance < 0):
@@ -152,9 +154,9 @@ def _narrow(tensor: NDArray[Any]) -> NDArray[Any]:
     """As float32 if that loses nothing."""
     if tensor.dtype != np.float64:
         return tensor
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are refused later, with the tensor's name
         narrow = tensor.astype(np.float32)
-    return narrow if np.array_equal(narrow, tensor) else tensor
+        return narrow if np.array_equal(narrow, tensor) else tensor
 
 
 def _torch_state(data: bytes) -> dict[str, NDArray[Any]]:
