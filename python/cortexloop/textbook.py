@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .weights import BATCH_NORM_EPSILON, IMAGE_MEAN, CompactWeights, LayerWeights
+from cortexloop.weights import BATCH_NORM_EPSILON, IMAGE_MEAN, CompactWeights, LayerWeights
 
 Array = NDArray[np.float64]
 

@@ -6,8 +6,15 @@ May import: NumPy only.
 
 from __future__ import annotations
 
-from .correlation import coefficient_of_determination, mean_over_repeats, pearson_r, r_squared
-from .reliability import brainscore_r2, noise_corrected_r2, noise_variance, repeat_counts, snr, split_half
+from cortexloop.metrics.correlation import coefficient_of_determination, mean_over_repeats, pearson_r, r_squared
+from cortexloop.metrics.reliability import (
+    brainscore_r2,
+    noise_corrected_r2,
+    noise_variance,
+    repeat_counts,
+    snr,
+    split_half,
+)
 
 __all__ = [
     "brainscore_r2",

@@ -11,7 +11,17 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .correlation import Mask, Values, as_values, divide, mean_over_repeats, mean_where, paired, pearson_r, standardised
+from cortexloop.metrics.correlation import (
+    Mask,
+    Values,
+    as_values,
+    divide,
+    mean_over_repeats,
+    mean_where,
+    paired,
+    pearson_r,
+    standardised,
+)
 
 Repeats = Literal["published", "per_neuron", "harmonic"]
 
