@@ -82,7 +82,7 @@ def measure(
     """Seconds per `run` of each contender, [rounds], all interleaved.
 
     A round gives every contender a slot: a pause in which threads of the one before go to sleep, one call that is not
-    timed (unless a call alone fills the slot), then calls for at least `slot` seconds. The order rotates from round to round.
+    timed (unless a call alone fills the slot), then calls for at least `slot` seconds. The order rotates.
 
     Args:
         budget: stop after this many seconds, but not before `min_rounds` rounds.

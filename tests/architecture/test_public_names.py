@@ -12,11 +12,9 @@ import cortexloop
 
 def public_modules() -> list[ModuleType]:
     """All modules of the package without an underscore in their path; importing them proves that they import."""
-    names = ["cortexloop"]
-    for info in pkgutil.walk_packages(cortexloop.__path__, "cortexloop."):
-        if not any(part.startswith("_") for part in info.name.split(".")):
-            names.append(info.name)
-    return [importlib.import_module(name) for name in names]
+    names = [info.name for info in pkgutil.walk_packages(cortexloop.__path__, "cortexloop.")]
+    public = [name for name in names if not any(part.startswith("_") for part in name.split("."))]
+    return [importlib.import_module(name) for name in ("cortexloop", *public)]
 
 
 def test_every_module_says_what_it_is_for():
@@ -42,7 +40,6 @@ def test_every_public_name_has_a_docstring():
                 for attribute, value in vars(thing).items():
                     if attribute.startswith("_") or not (inspect.isfunction(value) or isinstance(value, classmethod)):
                         continue
-                    # nn.Module.forward and dataclass methods of other packages carry their own
                     if not (inspect.getdoc(getattr(thing, attribute)) or "").strip():
                         bare.add(f"{thing.__module__}.{thing.__name__}.{attribute}")
     assert sorted(bare) == []

@@ -9,7 +9,6 @@ import pytest
 from project import PACKAGE, ROOT, tracked_files
 
 ENVIRONMENT = {"CORTEXLOOP_ISA", "CORTEXLOOP_NUM_THREADS", "CORTEXLOOP_V4_DATA"}
-BUILD_OPTIONS = {"CORTEXLOOP_DEV", "CORTEXLOOP_CUDA"}
 
 BINARY = {".png", ".svg", ".gif", ".npz", ".npy", ".safetensors", ".h5", ".jpg"}
 LARGEST = 512 * 1024

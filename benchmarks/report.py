@@ -1,0 +1,263 @@
+"""From recorded rows to the README's performance table, and to the list of targets.
+
+python benchmarks/report.py            write the table between the README's markers
+python benchmarks/report.py --check    exit code 1 if the README says anything else
+python benchmarks/report.py --targets  measured ratios beside the ratios aimed at
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from record import RESULTS, read
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+
+REDUCED = ("OpenVINO bf16",)  # compared with the fast kernel, others with the exact one
+EXACT, FAST, PEAK = "cortexloop exact", "cortexloop fast", "fp32 FMA peak of one core"
+
+Recorded = dict[str, str]
+KEY = ("machine", "case", "batch", "op", "direction", "backend", "threads", "metric")
+
+
+def newest(rows: Iterable[Recorded]) -> list[Recorded]:
+    """The last recorded row of everything that was measured, in the order of first recording."""
+    latest: dict[tuple[str, ...], Recorded] = {}
+    for row in rows:
+        latest[tuple(row[k] for k in KEY)] = row
+    return list(latest.values())
+
+
+def load() -> list[Recorded]:
+    """The newest rows of all machines."""
+    return newest(row for path in sorted(RESULTS.glob("*.csv")) for row in read(path))
+
+
+def select(rows: Iterable[Recorded], **wanted: str) -> list[Recorded]:
+    """Rows whose columns have these values."""
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+def number(text: str) -> str:
+    """Three significant digits, without an exponent where that reads better."""
+    value = float(text)
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.1e}".replace("e-0", "e-")
+    digits = f"{value:.3g}"
+    return f"{float(digits):g}"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown table, first column left, others right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)]
+
+
+def _columns(rows: Sequence[Recorded]) -> list[tuple[str, str]]:
+    """(threads, batch) pairs that occur, one thread first."""
+    return sorted({(row["threads"], row["batch"]) for row in rows}, key=lambda c: (int(c[0]), int(c[1])))
+
+
+def _column_title(threads: str, batch: str) -> str:
+    return f"{threads} thread{'s' if threads != '1' else ''}, {batch} image{'s' if batch != '1' else ''}"
+
+
+def comparison(rows: Sequence[Recorded]) -> list[str]:
+    """Engines down, (threads, batch) across: milliseconds per evaluation, and how much faster the candidate is."""
+    columns = _columns([row for row in rows if row["backend"] == EXACT])
+    names = list(dict.fromkeys(row["backend"] for row in rows if row["backend"] != PEAK))
+    lines = []
+    for name in names:
+        cells = []
+        version = ""
+        for threads, batch in columns:
+            found = select(rows, backend=name, threads=threads, batch=batch)
+            if not found:
+                cells.append("")
+                continue
+            row = found[0]
+            version = "" if name.startswith("cortexloop") else row["version"].split("+")[0]
+            if name in (EXACT, FAST):
+                cells.append(f"**{number(row['q50'])}**")
+                continue
+            same = select(rows, backend=FAST, threads=threads, batch=batch) if name in REDUCED else []
+            ratio = float(row["ratio"]) / (float(same[0]["ratio"]) if same else 1.0)
+            cells.append(f"{number(row['q50'])} ({number(str(ratio))}x)")
+        label = f"{name} ({version})" if version else name
+        lines.append([f"**{label}**" if name in (EXACT, FAST) else label, *cells])
+    peaks = {row["batch"]: row for row in rows if row["backend"] == PEAK}
+    if peaks:
+        share = [
+            f"{100 * float(peaks[batch]['ratio']):.0f} %" if threads == "1" and batch in peaks else ""
+            for threads, batch in columns
+        ]
+        lines.append(["cortexloop exact, share of the fp32 FMA peak", *share])
+    return table(["ms per evaluation", *[_column_title(*c) for c in columns]], lines)
+
+
+def plain(rows: Sequence[Recorded]) -> list[str]:
+    """One line per row: what, milliseconds per evaluation, and the ratio to the first contender."""
+    lines = []
+    for row in rows:
+        name = row["backend"] if not row["isa"] else f"{row['backend']} ({row['isa']})"
+        setting = _column_title(row["threads"], row["batch"])
+        against = f"{number(row['ratio'])}x {row['ratio_to']}" if row["ratio_to"] != row["backend"] else ""
+        lines.append([name, f"{row['case']}, {setting}", number(row["q50"]), against])
+    return table(["what", "on", "ms per evaluation", "time, compared"], lines)
+
+
+def accuracy(rows: Sequence[Recorded]) -> list[str]:
+    """Engines down: error against float64."""
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    kinds = ("quantiles over models", "worst model")
+    metrics = [f"{metric}, {kind}" for metric in ("largest error", "1 - Pearson r") for kind in kinds]
+    titles = ["largest error (SD), median model", "worst model", "1 - r, median model", "worst model"]
+    lines = []
+    for name in names:
+        values = [next((r["q50"] for r in select(rows, backend=name, metric=m)), "") for m in metrics]
+        lines.append([name, *[number(v) if v else "" for v in values]])
+    return table(["compared with float64", *titles], lines)
+
+
+def report(rows: Sequence[Recorded]) -> str:
+    """The text between the markers."""
+    if not rows:
+        return "No measurements recorded yet.\n"
+    out: list[str] = []
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        here = select(rows, machine=machine)
+        timed = select(here, metric="time")
+        out += [f"Measured on {here[-1]['cpu_or_gpu']} (`{machine}`), candidate and peers alternating in one process;"]
+        out += ["medians. An evaluation is one model on one 112 x 112 image. In brackets: how many times longer than"]
+        out += ["cortexloop at the same precision (bf16: than fast; all others: than exact).", ""]
+        for direction in ("forward", "forward+gradient"):
+            for case in dict.fromkeys(row["case"] for row in select(timed, op="bank", direction=direction)):
+                rows_of_case = select(timed, op="bank", direction=direction, case=case)
+                if any(row["backend"] == EXACT for row in rows_of_case):
+                    title = "Responses" if direction == "forward" else "Responses and input gradient"
+                    out += [f"**{title}, {case}**", "", *comparison(rows_of_case), ""]
+        others = [row for row in timed if row["op"] != "bank" or row["backend"].endswith((" threads", " 1 thread"))]
+        if others:
+            out += ["**Threads, older instruction sets, call overhead**", "", *plain(others), ""]
+        errors = [row for row in here if row["metric"].startswith(("largest error", "1 - Pearson"))]
+        if errors:
+            out += [f"**Accuracy, {errors[0]['case']}, {errors[0]['batch']} images**", "", *accuracy(errors), ""]
+    return "\n".join(out).rstrip("\n") + "\n"
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README with the text between its markers.
+
+    Raises:
+        ValueError: the README lacks the markers.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md needs the markers {BEGIN} and {END} once each")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An aim: the ratio of two recorded times should be at least (or at most) this."""
+
+    what: str
+    measured: Callable[[Sequence[Recorded]], float | None]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def line(self, rows: Sequence[Recorded]) -> str:
+        value = self.measured(rows)
+        aim = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        if value is None:
+            return f"{'not measured':13s} {'':8s} {aim:8s} {self.what}"
+        low, high = self.at_least or float("-inf"), self.at_most or float("inf")
+        return f"{'met' if low <= value <= high else 'MISSED':13s} {value:<8.3g} {aim:8s} {self.what}"
+
+
+def _times(rows: Sequence[Recorded], slow: str, fast: str, **where: str) -> float | None:
+    """How many times faster `fast` is than `slow`, from their ratios to the same contender within rounds."""
+    found = {name: select(rows, backend=name, metric="time", **where) for name in (slow, fast)}
+    if not all(found.values()):
+        return None
+    a, b = found[slow][-1], found[fast][-1]
+    return float(a["ratio"]) / float(b["ratio"])
+
+
+def _ratio(slow: str, fast: str, case: str = "model", **where: str) -> Callable[[Sequence[Recorded]], float | None]:
+    def measured(rows: Sequence[Recorded]) -> float | None:
+        return _times([row for row in rows if case in row["case"]], slow, fast, **where)
+
+    return measured
+
+
+def _worst_error(rows: Sequence[Recorded]) -> float | None:
+    found = {name: select(rows, backend=name, metric="largest error, worst model") for name in (FAST, "OpenVINO bf16")}
+    if not all(found.values()):
+        return None
+    return float(found[FAST][-1]["q50"]) / float(found["OpenVINO bf16"][-1]["q50"])
+
+
+def targets() -> list[Target]:
+    """The targets for a CPU."""
+    forward = {"op": "bank", "direction": "forward", "threads": "1"}
+    gradient = {"op": "bank", "direction": "forward+gradient", "threads": "1"}
+    aims = []
+    for batch, aim in (("1", 1.9), ("16", 2.5), ("64", 2.5)):
+        measured = _ratio("OpenVINO f32", EXACT, batch=batch, **forward)
+        aims.append(Target(f"exact against OpenVINO f32, 1 thread, {batch} image(s)", measured, at_least=aim))
+    for batch in ("1", "16", "64"):
+        measured = _ratio("OpenVINO bf16", FAST, batch=batch, **forward)
+        aims.append(Target(f"fast against OpenVINO bf16, 1 thread, {batch} image(s)", measured, at_least=1.5))
+    aims.append(Target("largest error of fast over that of OpenVINO bf16", _worst_error, at_most=1.0))
+    for batch in ("1", "16"):
+        measured = _ratio(EXACT, "cortexloop, one call per model", case="bank of", batch=batch, **forward)
+        what = f"bank over one call per model, {batch} image(s): overhead of the bank"
+        aims.append(Target(what, measured, at_most=1.05))
+    measured = _ratio("torch eager", EXACT, case="every 12th", batch="16", **forward)
+    aims.append(Target("bank against a loop of torch modules, 16 images", measured, at_least=8))
+    for batch, aim in (("1", 7), ("16", 14)):
+        measured = _ratio("torch eager", EXACT, batch=batch, **gradient)
+        aims.append(Target(f"gradient against torch eager, 1 thread, {batch} image(s)", measured, at_least=aim))
+        measured = _ratio(PEAK, EXACT, batch=batch, **gradient)
+        aims.append(Target(f"gradient, share of the FMA peak, {batch} image(s)", measured, at_least=0.6))
+    for direction, name in (("forward", EXACT), ("forward", FAST), ("forward+gradient", EXACT)):
+        measured = _ratio(f"{name}, 1 thread", f"{name}, 2 threads", case="every 3rd", op="bank", direction=direction)
+        aims.append(Target(f"two threads against one, {direction}, {name}", measured, at_least=1.9))
+    for batch in ("1", "16"):
+        where = {"op": "bank, AVX2 kernels", "batch": batch, "threads": "1"}
+        measured = _ratio("torch.compile", EXACT, **where)
+        aims.append(Target(f"AVX2 against torch.compile, 1 thread, {batch} image(s)", measured, at_least=1.3))
+    return aims
+
+
+def main() -> int:
+    """Write, check or list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README differs")
+    parser.add_argument("--targets", action="store_true", help="list targets and what was measured")
+    options = parser.parse_args()
+    rows = load()
+    if options.targets:
+        for machine in dict.fromkeys(row["machine"] for row in rows):
+            print(machine, *[target.line(select(rows, machine=machine)) for target in targets()], sep="\n")
+        return 0
+    readme = README.read_text(encoding="utf-8")
+    wanted = with_table(readme, report(rows))
+    if options.check:
+        if wanted != readme:
+            print("README.md differs from the recorded rows; run: python benchmarks/report.py", file=sys.stderr)
+            return 1
+        return 0
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
