@@ -84,8 +84,12 @@ def _layer(graph: _Graph, name: str, maps: str, layer: LayerWeights, size: tuple
         "Conv", [maps, graph.constant(f"{name}/kernel", kernel), graph.constant(f"{name}/bias", bias)], **window
     )
     if not fold:
-        norm = [graph.constant(f"{name}/{key}", getattr(layer, key)) for key in ("gamma", "beta", "mean", "variance")]
-        maps = graph.add("BatchNormalization", [maps, *norm], epsilon=layer.epsilon)
+        # ONNX holds epsilon in float32; what that rounds off goes into the variance, which may be float64.
+        epsilon = np.float32(layer.epsilon)
+        variance = layer.variance + (layer.epsilon - np.float64(epsilon))
+        norm = [graph.constant(f"{name}/{key}", getattr(layer, key)) for key in ("gamma", "beta", "mean")]
+        norm.append(graph.constant(f"{name}/variance", variance))
+        maps = graph.add("BatchNormalization", [maps, *norm], epsilon=float(epsilon))
     return graph.add("Relu", [maps])
 
 

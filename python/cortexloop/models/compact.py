@@ -84,7 +84,7 @@ class CompactModel(nn.Module):
             name=name,
             layers=tuple(layer.to_weights() for layer in self.trunk.stack()),
             readout=to_numpy(self.readout),
-            readout_bias=float(self.readout_bias),
+            readout_bias=float(self.readout_bias.detach()),
             height=self.trunk.height,
             width=self.trunk.width,
             image_mean=self.trunk.image_mean,
