@@ -93,9 +93,8 @@ def _loop_forward(modules: list[CompactModel], images: torch.Tensor) -> torch.Te
 
 def _loop_gradient(modules: list[CompactModel], images: torch.Tensor) -> torch.Tensor:
     leaf = images.clone().requires_grad_()
-    torch.stack([module(leaf) for module in modules], dim=1).sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad
+    total = torch.stack([module(leaf) for module in modules], dim=1).sum()
+    return torch.autograd.grad(total, leaf)[0]
 
 
 def _check(bank: cl.ModelBank, images: torch.Tensor, modules: list[CompactModel], fast: bool) -> None:
@@ -168,6 +167,7 @@ def _measure(candidates: list[Candidate], seconds: float, *, quiet: bool) -> int
 
 def _report(candidates: list[Candidate], models: int, rounds: int, found: dict[str, object], *, json: bool) -> None:
     rows = []
+    candidates = sorted(candidates, key=lambda c: (c.op != "responses", c.batch, c.threads))
     for candidate in candidates:
         baseline = next(
             c
@@ -195,26 +195,22 @@ def _report(candidates: list[Candidate], models: int, rounds: int, found: dict[s
     where = kernels["isa"] or "reference backend"
     table = Table(
         "operation",
-        "engine",
         title=f"milliseconds per image and model, {models} models, median of {rounds} rounds",
         caption=f"{found['processor']}, {where}, torch {torch.__version__}",
         title_justify="left",
         caption_justify="left",
     )
-    columns = sorted({(c.batch, c.threads) for c in candidates})
-    for batch, threads in columns:
-        table.add_column(f"B={batch}, {threads} thread{'s' if threads > 1 else ''}", justify="right")
-    for op, engine, precision in dict.fromkeys((r["op"], r["engine"], r["precision"]) for r in rows):
+    for name in ("images", "threads", "torch modules", "cortexloop exact", "cortexloop fast"):
+        table.add_column(name, justify="right")
+    for op, batch, threads in dict.fromkeys((c.op, c.batch, c.threads) for c in candidates):
         cells = []
-        for batch, threads in columns:
+        for engine, precision in (("torch modules", "exact"), ("cortexloop", "exact"), ("cortexloop", "fast")):
+            key = (op, batch, threads, engine, precision)
             row = next(
-                r
-                for r in rows
-                if (r["op"], r["engine"], r["precision"], r["batch"], r["threads"])
-                == (op, engine, precision, batch, threads)
+                (r for r in rows if (r["op"], r["batch"], r["threads"], r["engine"], r["precision"]) == key), None
             )
-            ratio = f" [green]{row['speedup']:.1f}x[/]" if engine == "cortexloop" else ""
-            cells.append(f"{row['ms_per_pair']:.3f}{ratio}")
-        name = f"{engine}, {precision}" if engine == "cortexloop" else str(engine)
-        table.add_row(str(op), name, *cells, end_section=engine == "torch modules")
+            cells.append("" if row is None else f"{row['ms_per_pair']:.3f}")
+            if row is not None and engine == "cortexloop":
+                cells[-1] += f" [green]{row['speedup']:5.1f}x[/]"
+        table.add_row(op, str(batch), str(threads), *cells)
     stdout().print(table)

@@ -72,7 +72,9 @@ def line_chart(
         y = axes.y(level[0])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         above = y - 5 if y > TOP + 16 else y + 13
-        parts.append(f'<text class="note" x="{width - RIGHT - 2}" y="{above:.1f}" text-anchor="end">{escape(level[1])}</text>')
+        parts.append(
+            f'<text class="note" x="{width - RIGHT - 2}" y="{above:.1f}" text-anchor="end">{escape(level[1])}</text>'
+        )
     for s in series:
         points = " ".join(f"{axes.x(float(x)):.1f},{axes.y(float(y)):.1f}" for x, y in zip(s.x, s.y, strict=True))
         parts.append(f'<polyline class="line {s.style}" points="{points}"/>')
@@ -85,7 +87,13 @@ def line_chart(
 
 
 def scatter(
-    x: NDArray[np.floating], y: NDArray[np.floating], x_label: str, y_label: str, *, width: float = 300, height: float = 190
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    x_label: str,
+    y_label: str,
+    *,
+    width: float = 300,
+    height: float = 190,
 ) -> Markup:
     """Points; pairs with a NaN are left out. More than 1,500 are thinned evenly."""
     shown = np.isfinite(x) & np.isfinite(y)
@@ -180,11 +188,17 @@ def _frame(axes: _Axes, x_label: str, y_label: str) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(value)}</text>')
     for value in ticks(axes.x0, axes.x1, 5):
         x = axes.x(value)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{_number(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{_number(value)}</text>'
+        )
     middle = (LEFT + right) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{axes.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="label" x="{middle}" y="{axes.height - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     y = (TOP + bottom) / 2
-    parts.append(f'<text class="label" transform="translate(10 {y}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    parts.append(
+        f'<text class="label" transform="translate(10 {y}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -193,4 +207,4 @@ def _number(value: float) -> str:
 
 
 def _svg(parts: Sequence[str], width: float, height: float) -> Markup:
-    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>')  # noqa: S704
+    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>')

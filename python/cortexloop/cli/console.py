@@ -101,8 +101,9 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, *, quiet: bool) -> Iterator[Bar]:
-    """A progress bar on stderr that vanishes at the end; nothing with `quiet`."""
-    if quiet:
+    """A progress bar on stderr that vanishes at the end; nothing with `quiet`, or where stderr is no terminal."""
+    console = stderr()
+    if quiet or not console.is_terminal:
         yield Bar(None, None)
         return
     columns = (
@@ -111,7 +112,7 @@ def progress(what: str, total: int, *, quiet: bool) -> Iterator[Bar]:
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=stderr(), transient=True) as shown:
+    with Progress(*columns, console=console, transient=True) as shown:
         yield Bar(shown, shown.add_task(what, total=total))
 
 

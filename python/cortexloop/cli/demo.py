@@ -173,7 +173,11 @@ def demo(options: DemoOptions) -> None:
 
 
 def _check(options: DemoOptions) -> None:
-    for name, value, least in (("show", options.show, 1), ("steps", options.steps, 1), ("count", options.count, PREFERRED)):
+    for name, value, least in (
+        ("show", options.show, 1),
+        ("steps", options.steps, 1),
+        ("count", options.count, PREFERRED),
+    ):
         if value < least:
             raise BadInputError(f"--{name} should be at least {least}, got {value}")
     if options.seed < 0:
@@ -242,7 +246,9 @@ def _score(options: DemoOptions, bank: cl.ModelBank) -> Scores:
             names += batch_names
             blocks.append(block)
             bar.advance(len(batch_names))
-    preferred = tuple(tuple(Seen(names[-i], value, pixels) for value, i, pixels in sorted(heap, reverse=True)) for heap in best)
+    preferred = tuple(
+        tuple(Seen(names[-i], value, pixels) for value, i, pixels in sorted(heap, reverse=True)) for heap in best
+    )
     skipped = () if source is None else tuple(source.skipped)
     return Scores(tuple(names), np.concatenate(blocks), preferred, total, skipped, seconds)
 
@@ -347,7 +353,9 @@ def summary(findings: Findings, report: Path) -> dict[str, Any]:
             "name": card.name,
             "preferred_images": [{"name": seen.name, "response": seen.response} for seen in card.preferred],
             "synthesized_response": card.response,
-            "preferred_dot_radius": float(RADII[(card.dots.light if card.dots.polarity == "light" else card.dots.dark).argmax()]),
+            "preferred_dot_radius": float(
+                RADII[(card.dots.light if card.dots.polarity == "light" else card.dots.dark).argmax()]
+            ),
             "preferred_dot_polarity": card.dots.polarity,
         }
         if agreement is not None:
@@ -363,7 +371,11 @@ def summary(findings: Findings, report: Path) -> dict[str, Any]:
         "skipped": [{"name": s.name, "reason": s.reason} for s in scores.skipped],
         "pairs_per_second": pairs / scores.seconds,
         "ms_per_pair": 1e3 * scores.seconds / pairs,
-        "latency_ms": {"p50": 1e3 * latency.percentile(50), "p99": 1e3 * latency.percentile(99), "models": latency.models},
+        "latency_ms": {
+            "p50": 1e3 * latency.percentile(50),
+            "p99": 1e3 * latency.percentile(99),
+            "models": latency.models,
+        },
         "machine": findings.machine,
         "neurons": neurons,
     }

@@ -1,4 +1,4 @@
-"""Bring predictions and recorded responses together: which model belongs to which neuron, which image to which column."""
+"""Bring predictions and recordings together: which model belongs to which neuron, which image to which column."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def load_recording(path: Path, recording: str | None, images: Path) -> io.Respon
         if recording is None and len(keys) > 1:
             named = [key for key in keys if key in images.stem]
             if len(named) != 1:
-                raise BadInputError(f"{str(path)!r} holds the recordings {', '.join(keys)}: choose one with --recording")
+                raise BadInputError(
+                    f"{str(path)!r} holds the recordings {', '.join(keys)}: choose one with --recording"
+                )
             recording = named[0]
         return io.load_responses(path, recording)
 
@@ -89,7 +91,7 @@ def match_columns(names: Sequence[str], total: int, columns: int) -> NDArray[np.
     """
     numbers = [io.image_number(name) if Path(name).suffix else None for name in names]
     known = [number for number in numbers if number is not None]
-    if len(known) == len(names) and len(set(known)) == len(known) and 1 <= min(known) and max(known) <= columns:
+    if len(known) == len(names) and len(set(known)) == len(known) and min(known) > 0 and max(known) <= columns:
         return np.array(known) - 1
     if all(name.isdecimal() for name in names) and total == columns:
         return np.array([int(name) for name in names])  # rows of an array file

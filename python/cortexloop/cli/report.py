@@ -28,7 +28,10 @@ DESCRIPTIONS = {
 def render(findings: Findings) -> str:
     """The report as HTML."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cortexloop.cli"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader("cortexloop.cli"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters["number"] = _number
     options, scores, agreement = findings.options, findings.scores, findings.agreement
@@ -119,7 +122,11 @@ def _agreement(findings: Findings) -> dict[str, Any]:
     median = float(np.nanmedian(agreement.r))
     found: dict[str, Any] = {
         "r_chart": charts.histogram(
-            agreement.r, "Pearson r, predicted and recorded", "neurons", bins=16, marks=[(median, f"median {median:.3f}")]
+            agreement.r,
+            "Pearson r, predicted and recorded",
+            "neurons",
+            bins=16,
+            marks=[(median, f"median {median:.3f}")],
         ),
         "median_r": median,
         "range_r": (float(np.nanmin(agreement.r)), float(np.nanmax(agreement.r))),
@@ -131,7 +138,11 @@ def _agreement(findings: Findings) -> dict[str, Any]:
         corrected = float(np.nanmedian(agreement.corrected))
         found["median_corrected"] = corrected
         found["corrected_chart"] = charts.histogram(
-            agreement.corrected, "noise-corrected R2", "neurons", bins=16, marks=[(corrected, f"median {corrected:.3f}")]
+            agreement.corrected,
+            "noise-corrected R2",
+            "neurons",
+            bins=16,
+            marks=[(corrected, f"median {corrected:.3f}")],
         )
     return found
 
