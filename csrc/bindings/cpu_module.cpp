@@ -31,13 +31,18 @@ BankView bank_view(std::uintptr_t weights, std::int64_t weights_size, std::uintp
 
 ImagesView images_view(std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
                        std::int64_t width) {
-  return {pointer<const void>(images), static_cast<PixelType>(type), static_cast<ImageLayout>(layout), batch, height, width};
+  return {pointer<const void>(images),
+          static_cast<PixelType>(type),
+          static_cast<ImageLayout>(layout),
+          batch,
+          height,
+          width};
 }
 
 BankForwardArgs forward_args(std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
-                             std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
-                             std::int64_t n_models, std::int64_t table_stride, std::uintptr_t pairs, int precision,
-                             std::uintptr_t responses) {
+                             std::int64_t width, std::uintptr_t weights, std::int64_t weights_size,
+                             std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride,
+                             std::uintptr_t pairs, int precision, std::uintptr_t responses) {
   return {bank_view(weights, weights_size, table, n_models, table_stride),
           images_view(images, type, layout, batch, height, width), pointer<const std::int64_t>(pairs),
           static_cast<Precision>(precision), pointer<float>(responses)};
@@ -65,8 +70,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       [](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height, std::int64_t width,
          std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
          std::int64_t table_stride, std::uintptr_t pairs, int precision, std::uintptr_t responses) {
-        const BankForwardArgs args = forward_args(images, type, layout, batch, height, width, weights, weights_size, table,
-                                                  n_models, table_stride, pairs, precision, responses);
+        const BankForwardArgs args = forward_args(images, type, layout, batch, height, width, weights, weights_size,
+                                                  table, n_models, table_stride, pairs, precision, responses);
         Status status;
         {
           py::gil_scoped_release release;
@@ -75,8 +80,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         check(status);
       },
       py::arg("images_ptr"), py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("height"), py::arg("width"),
-      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"),
-      py::arg("pairs_ptr"), py::arg("precision"), py::arg("out_ptr"));
+      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
+      py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("precision"), py::arg("out_ptr"));
   m.def(
       "bank_input_gradient",
       [](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height, std::int64_t width,
@@ -97,8 +102,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         check(status);
       },
       py::arg("images_ptr"), py::arg("dtype"), py::arg("layout"), py::arg("batch"), py::arg("height"), py::arg("width"),
-      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"),
-      py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"), py::arg("responses_ptr"));
+      py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
+      py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"),
+      py::arg("responses_ptr"));
 
   py::class_<cpu::BankPlan>(m, "BankPlan")
       .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
@@ -106,8 +112,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                        std::int64_t n_models, std::int64_t table_stride, std::uintptr_t pairs, int precision,
                        std::uintptr_t responses) {
              std::unique_ptr<cpu::BankPlan> plan;
-             check(cpu::BankPlan::make(forward_args(images, type, layout, batch, height, width, weights, weights_size, table,
-                                                    n_models, table_stride, pairs, precision, responses),
+             check(cpu::BankPlan::make(forward_args(images, type, layout, batch, height, width, weights, weights_size,
+                                                    table, n_models, table_stride, pairs, precision, responses),
                                        &plan));
              return plan;
            }),

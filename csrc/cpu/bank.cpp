@@ -74,16 +74,16 @@ Status resolve(const BankView& bank, const ImagesView& images, const std::int64_
     if (!reason.empty()) return fail(Status::invalid_argument, "%s", reason.c_str());
     const LayerView& first = model.layers[0];
     if (first.in_h != images.height || first.in_w != images.width) {
-      return fail(Status::invalid_argument, "the bank takes images of %d x %d pixels, got %lld x %lld", first.in_h, first.in_w,
-                  static_cast<long long>(images.height), static_cast<long long>(images.width));
+      return fail(Status::invalid_argument, "the bank takes images of %d x %d pixels, got %lld x %lld", first.in_h,
+                  first.in_w, static_cast<long long>(images.height), static_cast<long long>(images.width));
     }
     (first.winograd != nullptr ? r->transformed : r->rows) = true;
     r->scratch_bytes = std::max(r->scratch_bytes, r->kernels->scratch_bytes(model, gradient));
   }
   for (std::int64_t i = 0; pairs != nullptr && i < images.batch; ++i) {
     if (pairs[i] < 0 || pairs[i] >= bank.n_models) {
-      return fail(Status::invalid_argument, "pairs[%lld] is %lld, but the bank has %lld models", static_cast<long long>(i),
-                  static_cast<long long>(pairs[i]), static_cast<long long>(bank.n_models));
+      return fail(Status::invalid_argument, "pairs[%lld] is %lld, but the bank has %lld models",
+                  static_cast<long long>(i), static_cast<long long>(pairs[i]), static_cast<long long>(bank.n_models));
     }
   }
   const std::int64_t plane = images.height * images.width;
@@ -185,9 +185,9 @@ struct GradientJob {
   const Resolved* resolved;
   const std::int64_t* pairs;
   const float* cotangent;
-  float* responses;            // null: not wanted
+  float* responses;  // null: not wanted
   float* grad_images;
-  float* partials;             // [images of the group, chunks, height * width * 3]; null: one chunk, straight to the output
+  float* partials;  // [images of the group, chunks, height * width * 3]; null: one chunk, straight to the output
   std::int64_t first_image, chunks;
   std::atomic<bool> failed{false};
 };

@@ -30,7 +30,8 @@ struct Features {
     const unsigned long long saved = _xgetbv(0);
     __cpuidex(leaf, 7, 0);
     avx2 = fma && bit(leaf[1], 5) && (saved & 6) == 6;
-    avx512 = avx2 && (saved & 0xe6) == 0xe6 && bit(leaf[1], 16) && bit(leaf[1], 17) && bit(leaf[1], 30) && bit(leaf[1], 31);
+    avx512 =
+        avx2 && (saved & 0xe6) == 0xe6 && bit(leaf[1], 16) && bit(leaf[1], 17) && bit(leaf[1], 30) && bit(leaf[1], 31);
     const bool vnni = bit(leaf[2], 11);
     __cpuidex(leaf, 7, 1);
     bf16 = avx512 && vnni && bit(leaf[0], 5);

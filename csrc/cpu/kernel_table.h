@@ -14,35 +14,35 @@ struct LayerView {
   std::int32_t in_c, out_c, in_p, out_p;
   std::int32_t in_h, in_w, out_h, out_w;
   std::int32_t pad_top, pad_left;
-  const float* spatial;         // first layer [k, k, 3, out_p], others depthwise [k, k, in_p]
-  const float* pointwise;       // [in_c, out_p]; null in the first layer
-  const float* bias;            // [out_p]
-  const float* transposed;      // first layer [out_c, k, taps_p], others [out_c, in_p]
-  const float* winograd;        // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
-  const float* pairs;           // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
+  const float* spatial;     // first layer [k, k, 3, out_p], others depthwise [k, k, in_p]
+  const float* pointwise;   // [in_c, out_p]; null in the first layer
+  const float* bias;        // [out_p]
+  const float* transposed;  // first layer [out_c, k, taps_p], others [out_c, in_p]
+  const float* winograd;    // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
+  const float* pairs;       // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
 };
 
 struct ModelView {
   std::int32_t depth;
   LayerView layers[kMaxDepth];
-  const float* readout;         // [out_h, out_w, out_p] of the last layer
+  const float* readout;  // [out_h, out_w, out_p] of the last layer
   float readout_bias;
 };
 
 // One image as the kernels read it; made once, shared by all models of a bank.
 struct PreparedImage {
-  float* rows;                  // [height + 6, row_stride]: recentred RGB, zero margins of 3 rows and 3 columns; null if unused
+  float* rows;  // [height + 6, row_stride]: recentred RGB, zero margins of 3 rows and 3 columns; null if unused
   std::int64_t row_stride;
-  float* transformed;           // [height + 4, 3, 8, tiles_p]: rows in the Winograd domain; null if unused
+  float* transformed;  // [height + 4, 3, 8, tiles_p]: rows in the Winograd domain; null if unused
   std::int32_t tiles_p;
 };
 
 struct ImageSource {
-  const void* data;             // this image's first element
+  const void* data;  // this image's first element
   bool is_u8;
   std::int64_t stride_y, stride_x, stride_c;  // in elements
   std::int32_t height, width;
-  float mean[3];                // subtracted from 8-bit levels
+  float mean[3];  // subtracted from 8-bit levels
 };
 
 struct Kernels {

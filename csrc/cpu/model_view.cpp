@@ -32,14 +32,15 @@ struct Sections {
 }  // namespace
 
 std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* view) {
-  if (bank.table_stride < kModelFields + kLayerFields) return sentence("a table row has %lld columns, too few", bank.table_stride);
+  if (bank.table_stride < kModelFields + kLayerFields)
+    return sentence("a table row has %lld columns, too few", bank.table_stride);
   const std::int64_t* row = bank.table + model * bank.table_stride;
   const std::int64_t depth = row[kDepth];
-  if (depth < 1 || kModelFields + depth * kLayerFields > bank.table_stride) {
-    return sentence("model %lld has %lld layers, which its table row cannot hold", model, depth);
-  }
   if (depth > kMaxDepth) {
     return sentence("model %lld has more layers than the kernels take (%lld)", model, kMaxDepth);
+  }
+  if (depth < 1 || kModelFields + depth * kLayerFields > bank.table_stride) {
+    return sentence("model %lld has %lld layers, which its table row cannot hold", model, depth);
   }
   Sections sections{bank};
   std::int64_t height = row[kHeight], width = row[kWidth], channels = 3;
@@ -53,13 +54,15 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
     const std::int64_t k = f[kKernelSize], stride = f[kStride], out_c = f[kOutChannels];
     if (k != 1 && k != 3 && k != 5 && k != 7) return sentence("model %lld has a kernel of size %lld", model, k);
     if (stride != 1 && stride != 2) return sentence("model %lld has a stride of %lld", model, stride);
-    if (f[kInChannels] != channels || out_c < 1) return sentence("layer %lld of model %lld has wrong channel counts", l, model);
+    if (f[kInChannels] != channels || out_c < 1)
+      return sentence("layer %lld of model %lld has wrong channel counts", l, model);
     if (out_c > kMaxChannels) {
       return sentence("model %lld has a layer of more channels than the kernels take (%lld)", model, kMaxChannels);
     }
     const auto same = [&](std::int64_t in, std::int64_t out, std::int64_t pad) {
+      if (out != (in + stride - 1) / stride) return false;
       const std::int64_t total = (out - 1) * stride + k - in;
-      return out == (in + stride - 1) / stride && pad == (total > 0 ? total / 2 : 0);
+      return pad == (total > 0 ? total / 2 : 0);
     };
     if (!same(height, f[kOutHeight], f[kPadTop]) || !same(width, f[kOutWidth], f[kPadLeft])) {
       return sentence("layer %lld of model %lld does not have \"same\" padding", l, model);
@@ -92,7 +95,8 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
       layer.transposed = sections.at(f[kTransposed], out_c * in_p);
       layer.pairs = sections.at(f[kPairs], (channels + 1) / 2 * out_p);
     }
-    if (!sections.ok) return sentence("a section of layer %lld of model %lld lies outside the packed weights", l, model);
+    if (!sections.ok)
+      return sentence("a section of layer %lld of model %lld lies outside the packed weights", l, model);
     height = f[kOutHeight];
     width = f[kOutWidth];
     channels = out_c;

@@ -176,7 +176,9 @@ CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
 
 #if defined(CORTEXLOOP_ISA_BF16)
 // Float slots here hold two bfloat16 each: c + a.low * b.low + a.high * b.high, products and sums in float.
-CL_INLINE vf vdot_pairs(vf a, vf b, vf c) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b)); }
+CL_INLINE vf vdot_pairs(vf a, vf b, vf c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
 // 16 floats rounded to bfloat16 into 8 float slots.
 CL_INLINE void vstore_pairs(float* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

@@ -18,14 +18,14 @@ namespace {
 struct Backward {
   Forward forward;
   float cotangent;
-  Ring rings[kMaxDepth];        // [1..]: pointwise^T d z of each layer
+  Ring rings[kMaxDepth];  // [1..]: pointwise^T d z of each layer
   std::int32_t next[kMaxDepth];
-  float* d_z[kMaxDepth];        // [out_w, out_p] of the row at work
-  float* taps;                  // [k slots, out_w, k, taps_p]
+  float* d_z[kMaxDepth];  // [out_w, out_p] of the row at work
+  float* taps;            // [k slots, out_w, k, taps_p]
   std::int32_t taps_p;
-  float* tap_sums;              // [tap_columns, taps_p]: taps of one image row, with K - 1 zero columns on both sides
+  float* tap_sums;  // [tap_columns, taps_p]: taps of one image row, with K - 1 zero columns on both sides
   std::int32_t tap_columns;
-  float* grad_row;              // [in_w * 3 + 4]
+  float* grad_row;  // [in_w * 3 + 4]
 };
 
 inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {

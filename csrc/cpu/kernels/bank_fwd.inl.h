@@ -17,8 +17,8 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kImageMargin = 3;     // half of the largest kernel
-constexpr int kImageSlack = 16;     // columns that blocked kernels may read behind the right margin
+constexpr int kImageMargin = 3;  // half of the largest kernel
+constexpr int kImageSlack = 16;  // columns that blocked kernels may read behind the right margin
 
 // Hands out 64-byte aligned pieces of a buffer; with a null base it only measures.
 struct Arena {
@@ -37,8 +37,8 @@ struct Ring {
   float* data;
   std::int32_t slots, vectors, columns, left;
   std::int64_t vector_stride, slot_stride;
-  float* row(int y) const { return data + (y % slots) * slot_stride; }       // column 0 of the zero margin
-  float* map_row(int y) const { return row(y) + left * kLanes; }             // column 0 of the map
+  float* row(int y) const { return data + (y % slots) * slot_stride; }  // column 0 of the zero margin
+  float* map_row(int y) const { return row(y) + left * kLanes; }        // column 0 of the map
 };
 
 inline Ring make_ring(Arena& arena, int slots, int vectors, int left, int columns) {
@@ -66,8 +66,8 @@ inline void zero_margins(const Ring& r, int width) {
 inline std::int32_t vectors_of(std::int32_t padded_channels) { return padded_channels / kLanes; }
 
 struct Masks {
-  std::uint16_t* bits;          // [out_h, vectors, out_w]
-  std::int64_t vector_stride;   // out_w
+  std::uint16_t* bits;         // [out_h, vectors, out_w]
+  std::int64_t vector_stride;  // out_w
   std::int64_t row_stride;
   std::uint16_t* row(int y) const { return bits == nullptr ? nullptr : bits + y * row_stride; }
 };
@@ -76,10 +76,10 @@ struct Forward {
   const ModelView* model;
   const PreparedImage* image;
   bool fast;
-  Ring rings[kMaxDepth];        // output of each layer; the last one's holds a single row
-  Masks masks[kMaxDepth];       // null bits when only the response is wanted
-  std::int32_t next[kMaxDepth]; // rows of each layer computed so far
-  float* depthwise_row;         // [out_w, in_p] of the layer at work
+  Ring rings[kMaxDepth];         // output of each layer; the last one's holds a single row
+  Masks masks[kMaxDepth];        // null bits when only the response is wanted
+  std::int32_t next[kMaxDepth];  // rows of each layer computed so far
+  float* depthwise_row;          // [out_w, in_p] of the layer at work
 };
 
 inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks, Forward& f) {
@@ -261,8 +261,8 @@ inline std::int64_t image_row_stride(std::int32_t width) { return (width + 2 * k
 
 // What `prepare_image` needs besides its result.
 struct PrepareScratch {
-  float* phases;                // [3, 4, tiles_p + kTileAlign]
-  float* row;                   // [row_floats]: one recentred row behind two zero pixels
+  float* phases;  // [3, 4, tiles_p + kTileAlign]
+  float* row;     // [row_floats]: one recentred row behind two zero pixels
   std::int64_t row_floats;
 };
 

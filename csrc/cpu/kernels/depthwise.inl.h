@@ -14,16 +14,16 @@ namespace cpu {
 namespace {
 
 struct DepthwiseArgs {
-  const float* rows[7];         // row of tap i at padded column 0 of vector 0; null: the row lies outside, contributes zero
+  const float* rows[7];  // row of tap i at padded column 0 of vector 0; null: the row lies outside, contributes zero
   std::int64_t row_vector_stride;  // between vectors of channels; pixels are kLanes apart
-  const float* weights;         // [k, k, channels_p]
+  const float* weights;            // [k, k, channels_p]
   std::int64_t channels_p;
   std::int32_t kernel, stride, vectors;
-  std::int32_t width;           // output pixels
-  std::int32_t offset;          // transposed only: output pixel x lies at padded column x + offset
-  float* out;                   // [width, channels_p]; with `pairs` bfloat16, [width, channels_p / 2] float slots
-  bool pairs;                   // forward only: round the output to bfloat16 for the fast product
-  const std::uint16_t* mask;    // transposed only: [vectors, mask_stride], zeroes the output where the bit is 0
+  std::int32_t width;         // output pixels
+  std::int32_t offset;        // transposed only: output pixel x lies at padded column x + offset
+  float* out;                 // [width, channels_p]; with `pairs` bfloat16, [width, channels_p / 2] float slots
+  bool pairs;                 // forward only: round the output to bfloat16 for the fast product
+  const std::uint16_t* mask;  // transposed only: [vectors, mask_stride], zeroes the output where the bit is 0
   std::int64_t mask_stride;
 };
 

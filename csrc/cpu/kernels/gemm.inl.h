@@ -25,15 +25,15 @@ struct PairProduct {
 #endif
 
 struct GemmArgs {
-  const float* const* a;        // [segments], each [width, lda]
-  const float* const* b;        // [segments], each [depth, ldb]
+  const float* const* a;  // [segments], each [width, lda]
+  const float* const* b;  // [segments], each [depth, ldb]
   std::int32_t segments, depth;
   std::int64_t lda, ldb;
   std::int32_t width, vectors;
-  float* out;                   // vector v of pixel x at out + v * out_vector_stride + x * out_pixel_stride
+  float* out;  // vector v of pixel x at out + v * out_vector_stride + x * out_pixel_stride
   std::int64_t out_vector_stride, out_pixel_stride;
-  const float* bias;            // [vectors * kLanes]: adds it and applies ReLU; null: plain product
-  std::uint16_t* mask;          // [vectors, mask_stride]: bits of positive outputs; null: not wanted
+  const float* bias;    // [vectors * kLanes]: adds it and applies ReLU; null: plain product
+  std::uint16_t* mask;  // [vectors, mask_stride]: bits of positive outputs; null: not wanted
   std::int64_t mask_stride;
 };
 

@@ -14,7 +14,7 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kTile = 4;        // outputs per tile
+constexpr int kTile = 4;  // outputs per tile
 constexpr int kPoints = 8;
 constexpr int kTileAlign = 16;  // tiles per row are padded to this
 
@@ -47,15 +47,15 @@ inline void winograd_image_row(const float* const* phase, std::int32_t tiles_p, 
 }
 
 struct WinogradArgs {
-  const float* image;           // [5, 3, 8, tiles_p]: five transformed rows; row r of them starts at r * 3 * 8 * tiles_p
+  const float* image;  // [5, 3, 8, tiles_p]: five transformed rows; row r of them starts at r * 3 * 8 * tiles_p
   std::int32_t tiles_p;
-  const float* weights;         // [2, 5, 3, 4, channels_p]
+  const float* weights;  // [2, 5, 3, 4, channels_p]
   std::int64_t channels_p;
-  const float* bias;            // [channels_p]
+  const float* bias;  // [channels_p]
   std::int32_t width, vectors;
-  float* out;                   // vector v of pixel x at out + v * out_vector_stride + x * kLanes
+  float* out;  // vector v of pixel x at out + v * out_vector_stride + x * kLanes
   std::int64_t out_vector_stride;
-  std::uint16_t* mask;          // [vectors, mask_stride] or null
+  std::uint16_t* mask;  // [vectors, mask_stride] or null
   std::int64_t mask_stride;
 };
 

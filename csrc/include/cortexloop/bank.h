@@ -32,25 +32,25 @@ enum LayerField {
   kLayerFields
 };
 
-constexpr int kMaxDepth = 16;         // deeper models go to the reference backend
-constexpr int kMaxChannels = 2048;    // likewise wider ones
-constexpr int kPaddedChannels = 16;   // packed channel counts are multiples of this
+constexpr int kMaxDepth = 16;        // deeper models go to the reference backend
+constexpr int kMaxChannels = 2048;   // likewise wider ones
+constexpr int kPaddedChannels = 16;  // packed channel counts are multiples of this
 
 enum class PixelType { u8, f32 };
 enum class ImageLayout { nhwc, nchw };
 enum class Precision { exact, fast };
 
 struct BankView {
-  const float* weights;         // [weights_size]
+  const float* weights;  // [weights_size]
   std::int64_t weights_size;
-  const std::int64_t* table;    // [n_models, table_stride]
+  const std::int64_t* table;  // [n_models, table_stride]
   std::int64_t n_models;
   std::int64_t table_stride;
 };
 
 struct ImagesView {
-  const void* data;             // [batch, height, width, 3] or [batch, 3, height, width]
-  PixelType type;               // u8: RGB 0..255, recentred by the kernel; f32: recentred already
+  const void* data;  // [batch, height, width, 3] or [batch, 3, height, width]
+  PixelType type;    // u8: RGB 0..255, recentred by the kernel; f32: recentred already
   ImageLayout layout;
   std::int64_t batch;
   std::int64_t height;
@@ -60,18 +60,19 @@ struct ImagesView {
 struct BankForwardArgs {
   BankView bank;
   ImagesView images;
-  const std::int64_t* pairs;    // [batch]: image i goes through model pairs[i] alone; null: every image through every model
+  const std::int64_t*
+      pairs;  // [batch]: image i goes through model pairs[i] alone; null: every image through every model
   Precision precision;
-  float* responses;             // [batch, n_models], with pairs [batch]
+  float* responses;  // [batch, n_models], with pairs [batch]
 };
 
 struct BankGradientArgs {
   BankView bank;
   ImagesView images;
-  const std::int64_t* pairs;    // as above
-  const float* cotangent;       // shaped as the responses
-  float* grad_images;           // shaped as the images, f32
-  float* responses;             // shaped as the responses, or null
+  const std::int64_t* pairs;  // as above
+  const float* cotangent;     // shaped as the responses
+  float* grad_images;         // shaped as the images, f32
+  float* responses;           // shaped as the responses, or null
 };
 
 namespace cpu {
@@ -99,7 +100,7 @@ class BankPlan {
 std::vector<std::string> isas();
 const char* isa();
 Status set_isa(const std::string& name);
-bool fast_supported();          // whether the one in force has a reduced-precision forward
+bool fast_supported();  // whether the one in force has a reduced-precision forward
 
 }  // namespace cpu
 }  // namespace cortexloop

@@ -1,0 +1,175 @@
+// Runs the C++ core without Python, for sanitizers: reads problems with exact answers, solves each with every instruction set
+// and several thread counts, alone and from concurrent callers, and compares bits.
+//
+//   core_check FILE...
+//
+// A file: int64 {batch, height, width, n_models, table_stride, weights, with_pairs}, then float32 weights, int64 table,
+// uint8 images (NHWC), float32 the same recentred, int64 pairs [batch], float32 cotangent, expected responses, expected
+// gradient. Every buffer is its own allocation, so that a read or write one element too far is seen.
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cortexloop/bank.h"
+#include "cortexloop/parallel.h"
+
+namespace {
+
+using namespace cortexloop;
+
+struct Problem {
+  std::int64_t batch, height, width, n_models, table_stride, weights_size, with_pairs;
+  std::vector<float> weights;
+  std::vector<std::int64_t> table;
+  std::vector<std::uint8_t> pixels;
+  std::vector<float> images;
+  std::vector<std::int64_t> pairs;
+  std::vector<float> cotangent, responses, grad_images;
+};
+
+template <class T>
+std::vector<T> read(std::ifstream& file, std::int64_t count) {
+  std::vector<T> values(static_cast<std::size_t>(count));
+  file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(T)));
+  if (!file) throw std::runtime_error("the file is too short");
+  return values;
+}
+
+Problem read_problem(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  const auto header = read<std::int64_t>(file, 7);
+  Problem p{header[0], header[1], header[2], header[3], header[4], header[5], header[6], {},
+            {},        {},        {},        {},        {},        {},        {}};
+  const std::int64_t values = p.batch * p.height * p.width * 3;
+  const std::int64_t outputs = p.with_pairs != 0 ? p.batch : p.batch * p.n_models;
+  p.weights = read<float>(file, p.weights_size);
+  p.table = read<std::int64_t>(file, p.n_models * p.table_stride);
+  p.pixels = read<std::uint8_t>(file, values);
+  p.images = read<float>(file, values);
+  p.pairs = read<std::int64_t>(file, p.batch);
+  p.cotangent = read<float>(file, outputs);
+  p.responses = read<float>(file, outputs);
+  p.grad_images = read<float>(file, values);
+  return p;
+}
+
+std::vector<float> to_nchw(const std::vector<float>& nhwc, const Problem& p) {
+  std::vector<float> out(nhwc.size());
+  const std::int64_t plane = p.height * p.width;
+  for (std::int64_t n = 0; n < p.batch; ++n) {
+    for (std::int64_t i = 0; i < plane; ++i) {
+      for (std::int64_t c = 0; c < 3; ++c) {
+        out[static_cast<std::size_t>((n * 3 + c) * plane + i)] =
+            nhwc[static_cast<std::size_t>((n * plane + i) * 3 + c)];
+      }
+    }
+  }
+  return out;
+}
+
+void expect_equal(const std::vector<float>& got, const std::vector<float>& expected, const std::string& what) {
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (!(got[i] == expected[i])) {
+      throw std::runtime_error(what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) +
+                               ", expected " + std::to_string(expected[i]));
+    }
+  }
+}
+
+void expect_ok(Status status, const std::string& what) {
+  if (status != Status::ok) throw std::runtime_error(what + ": " + last_error());
+}
+
+void solve(const Problem& p, const std::string& where) {
+  const BankView bank{p.weights.data(), p.weights_size, p.table.data(), p.n_models, p.table_stride};
+  const std::int64_t* pairs = p.with_pairs != 0 ? p.pairs.data() : nullptr;
+  const std::vector<float> nchw = to_nchw(p.images, p);
+  const std::vector<float> grad_nchw = to_nchw(p.grad_images, p);
+  struct Form {
+    const char* name;
+    const void* data;
+    PixelType type;
+    ImageLayout layout;
+  };
+  const Form forms[] = {{"u8 NHWC", p.pixels.data(), PixelType::u8, ImageLayout::nhwc},
+                        {"f32 NHWC", p.images.data(), PixelType::f32, ImageLayout::nhwc},
+                        {"f32 NCHW", nchw.data(), PixelType::f32, ImageLayout::nchw}};
+  for (const Form& form : forms) {
+    const ImagesView images{form.data, form.type, form.layout, p.batch, p.height, p.width};
+    std::vector<float> responses(p.responses.size(), -1.0f), again(p.responses.size(), -1.0f);
+    std::vector<float> grad(p.grad_images.size(), -1.0f);
+    expect_ok(cpu::bank_fwd({bank, images, pairs, Precision::exact, responses.data()}), where + form.name);
+    expect_equal(responses, p.responses, where + form.name + " forward");
+    expect_ok(cpu::bank_bwd({bank, images, pairs, p.cotangent.data(), grad.data(), again.data()}), where + form.name);
+    expect_equal(again, p.responses, where + form.name + " responses beside the gradient");
+    expect_equal(grad, form.layout == ImageLayout::nhwc ? p.grad_images : grad_nchw, where + form.name + " gradient");
+    expect_ok(cpu::bank_fwd({bank, images, pairs, Precision::fast, again.data()}),
+              where + form.name);  // runs; not exact
+
+    std::unique_ptr<cpu::BankPlan> plan;
+    expect_ok(cpu::BankPlan::make({bank, images, pairs, Precision::exact, again.data()}, &plan), where);
+    for (int i = 0; i < 2; ++i) {
+      expect_ok(plan->run(), where);
+      expect_equal(again, p.responses, where + form.name + " plan");
+    }
+  }
+}
+
+// Tables with wrong numbers must be refused, not followed.
+void refuse(Problem p) {
+  for (std::size_t column = 0; column < static_cast<std::size_t>(p.table_stride); ++column) {
+    for (const std::int64_t value : {std::int64_t{-1}, std::int64_t{1} << 40, std::int64_t{1} << 62}) {
+      const std::int64_t kept = p.table[column];
+      p.table[column] = value;
+      const BankView bank{p.weights.data(), p.weights_size, p.table.data(), p.n_models, p.table_stride};
+      const ImagesView images{p.pixels.data(), PixelType::u8, ImageLayout::nhwc, p.batch, p.height, p.width};
+      std::vector<float> responses(p.responses.size());
+      const std::int64_t* pairs = p.with_pairs != 0 ? p.pairs.data() : nullptr;
+      static_cast<void>(cpu::bank_fwd({bank, images, pairs, Precision::exact, responses.data()}));
+      p.table[column] = kept;
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    for (int a = 1; a < argc; ++a) {
+      const Problem problem = read_problem(argv[a]);
+      for (const std::string& isa : cpu::isas()) {
+        expect_ok(cpu::set_isa(isa), isa);
+        for (const int threads : {1, 2, 3}) {
+          set_num_threads(threads);
+          solve(problem, isa + " on " + std::to_string(threads) + " threads, ");
+        }
+        set_num_threads(2);
+        std::vector<std::thread> callers;
+        std::vector<std::string> failures(3);
+        for (std::string& failure : failures) {
+          callers.emplace_back([&] {
+            try {
+              solve(problem, isa + " from concurrent callers, ");
+            } catch (const std::exception& error) { failure = error.what(); }
+          });
+        }
+        for (std::thread& caller : callers) caller.join();
+        for (const std::string& failure : failures) {
+          if (!failure.empty()) throw std::runtime_error(failure);
+        }
+      }
+      refuse(problem);
+    }
+    if (cpu::set_isa("none such") != Status::invalid_argument)
+      throw std::runtime_error("an unknown instruction set was taken");
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "core_check: %s\n", error.what());
+    return 1;
+  }
+  std::puts("core_check: all equal");
+  return 0;
+}
