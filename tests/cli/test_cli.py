@@ -1,4 +1,4 @@
-"""The commands as a user runs them: what they write, what they print, and one sentence with exit code 2 for bad input."""
+"""The commands as a user runs them: what they write and print, and one sentence with exit code 2 for bad input."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ BAD = {
     "backend": (["--backend", "abacus"], "backend should be one of .*'abacus'"),
     "precision": (["--precision", "vague"], "--precision should be exact or fast, got 'vague'"),
     "unknown option": (["--speed", "9"], "No such option: --speed"),
-    "no number": (["--batch", "many"], "'many' is not a valid int"),
+    "no number": (["--batch", "many"], "--batch"),
     "unknown key": (["--images", "{tmp}/good.npz", "--key", "pictures"], "no array 'pictures'; it has images"),
 }
 
@@ -268,7 +268,9 @@ def tiny_disk(tmp_path):
     """A file system of 64 KiB; only an administrator may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
     yield disk
@@ -280,7 +282,7 @@ def test_a_disk_that_is_really_full(tmp_path, models, tiny_disk, suffix):
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     np.save(tmp_path / "images.npy", np.zeros((60, 112, 112, 3), np.uint8))
-    (tiny_disk / "filler").write_bytes(bytes(60_000))
+    (tiny_disk / "filler").write_bytes(bytes(65_536))
     result = cortexloop(
         "respond", "--models", models, "--images", tmp_path / "images.npy", "--out", tiny_disk / f"out.{suffix}"
     )
@@ -378,7 +380,7 @@ def test_bench_times_every_candidate_and_restores_the_threads(models):
 def test_bench_prints_a_table(models):
     code, out, _ = cortexloop("bench", "--models", models, "--seconds", "0.1")
     assert code == 0
-    assert "torch modules" in " ".join(out.split())
+    assert "milliseconds per image and model, 3 models" in out
 
 
 # ----------------------------------------------------------------------------------------------------- demo

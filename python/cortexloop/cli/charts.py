@@ -23,7 +23,6 @@ class Series:
     x: NDArray[np.floating]
     y: NDArray[np.floating]
     style: str = "a"
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ def line_chart(
     for s in series:
         points = " ".join(f"{axes.x(float(x)):.1f},{axes.y(float(y)):.1f}" for x, y in zip(s.x, s.y, strict=True))
         parts.append(f'<polyline class="line {s.style}" points="{points}"/>')
-    labelled = [s for s in series if s.label]
-    for i, s in enumerate(labelled):
-        x, y = width - RIGHT - 64, TOP + 8 + 15 * i
-        parts.append(f'<line class="line {s.style}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="note" x="{x + 21}" y="{y + 4}">{escape(s.label)}</text>')
     return _svg(parts, width, height)
 
 

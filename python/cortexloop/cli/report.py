@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
@@ -34,6 +35,7 @@ def render(findings: Findings) -> str:
         trim_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["breakable"] = _breakable
     options, scores, agreement = findings.options, findings.scores, findings.agreement
     textbook = options.models is None
     context: dict[str, Any] = {
@@ -78,6 +80,7 @@ def _card(findings: Findings, card: Card) -> dict[str, Any]:
     steps = np.arange(len(card.trajectory), dtype=float)
     dots = card.dots
     strongest = dots.light if dots.polarity == "light" else dots.dark
+    width = 300.0 if findings.agreement is None else 236.0  # four charts share the row of three
     size = 100 / findings.bank.height, 100 / findings.bank.width
     found: dict[str, Any] = {
         "name": card.name,
@@ -96,11 +99,13 @@ def _card(findings: Findings, card: Card) -> dict[str, Any]:
             "step of gradient ascent",
             "response",
             level=(best, "best image"),
+            width=width,
         ),
         "sizes": charts.line_chart(
-            [charts.Series(RADII, dots.light, "b", "light dot"), charts.Series(RADII, dots.dark, "a", "dark dot")],
+            [charts.Series(RADII, dots.light, "b"), charts.Series(RADII, dots.dark, "a")],
             "dot radius (pixels)",
             "response",
+            width=width,
         ),
         "radius": float(RADII[strongest.argmax()]),
         "polarity": dots.polarity,
@@ -112,7 +117,9 @@ def _card(findings: Findings, card: Card) -> dict[str, Any]:
         n = card.index
         found["r"] = float(agreement.r[n])
         found["corrected"] = None if agreement.corrected is None else float(agreement.corrected[n])
-        found["scatter"] = charts.scatter(agreement.predicted[n], agreement.recorded[n], "predicted", "recorded")
+        found["scatter"] = charts.scatter(
+            agreement.predicted[n], agreement.recorded[n], "predicted", "recorded", width=width
+        )
     return found
 
 
@@ -129,7 +136,7 @@ def _agreement(findings: Findings) -> dict[str, Any]:
             marks=[(median, f"median {median:.3f}")],
         ),
         "median_r": median,
-        "range_r": (float(np.nanmin(agreement.r)), float(np.nanmax(agreement.r))),
+        "quartiles_r": [float(q) for q in np.nanpercentile(agreement.r, [0, 25, 50, 75, 100])],
         "matched": int(np.isfinite(agreement.r).sum()),
         "corrected_chart": None,
         "median_corrected": None,
@@ -154,6 +161,11 @@ def _latency_chart(findings: Findings) -> Markup:
     return charts.histogram(
         shown, "milliseconds, one image in, all responses out", "runs", bins=30, marks=[(p50, "median"), (p99, "99 %")]
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken behind slashes and underscores."""
+    return Markup("<wbr>").join(re.findall(r"[^/_]*[/_]?", name))
 
 
 def _number(value: float, digits: int = 2) -> str:
