@@ -20,7 +20,9 @@ ISAS = _native.isas() if NO_KERNELS is None else ["any"]
 def pytest_configure(config: pytest.Config) -> None:
     if NO_KERNELS is not None:
         # Without the C++ kernels every call says so; the suite is to pass on such an installation too.
-        config.addinivalue_line("filterwarnings", "ignore:the slower 'reference' backend is used:cortexloop.BackendWarning")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:the slower 'reference' backend is used:cortexloop.BackendWarning"
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -91,7 +93,11 @@ def small_bank() -> cl.ModelBank:
     """Three models of 17 x 13 images, of different shapes."""
     from cortexloop.testing import Case, ModelShape, random_inputs
 
-    shapes = (ModelShape((5, 7), (5, 3), (1, 2)), ModelShape((3,), (3,), (2,)), ModelShape((4, 6, 3), (5, 5, 1), (1, 2, 1)))
+    shapes = (
+        ModelShape((5, 7), (5, 3), (1, 2)),
+        ModelShape((3,), (3,), (2,)),
+        ModelShape((4, 6, 3), (5, 5, 1), (1, 2, 1)),
+    )
     return random_inputs(Case("small", 1, 17, 13, shapes)).bank
 
 

@@ -39,7 +39,7 @@ def test_float64_goes_to_the_reference_with_one_warning(small_bank: cl.ModelBank
 
 def test_naming_a_backend_that_cannot_run_raises_its_reason(kernels: None, small_bank: cl.ModelBank) -> None:
     images = torch.zeros(1, 17, 13, 3, dtype=torch.float64)
-    with pytest.raises(cl.BackendError, match="'cpu' backend cannot run bank_forward: .*float64"):
+    with pytest.raises(cl.BackendError, match=r"'cpu' backend cannot run bank_forward: .*float64"):
         cl.responses(images, small_bank, backend="cpu")
 
 

@@ -49,6 +49,12 @@ def test_explain_of_float64() -> None:
     assert explanation.reason("cpu") is not None
 
 
+def test_explain_takes_the_device_of_the_bank(small_bank: cl.ModelBank) -> None:
+    assert cl.explain(bank=small_bank.to("meta")).chosen == "reference"
+    with pytest.raises(ValueError, match="the bank is on cpu, images on cuda could not be shown to it"):
+        cl.explain(bank=small_bank, device="cuda")
+
+
 def test_import_loads_nothing_that_only_some_need() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import cortexloop as cl; new = set(sys.modules) - before;"

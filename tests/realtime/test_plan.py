@@ -66,7 +66,7 @@ def test_plan_outlives_its_bank_and_its_neighbours(engine: str) -> None:
     assert len(rubbish) == 100
 
 
-def test_plan_follows_changes_of_threads_and_instruction_set(isa: str, restore_threads: None) -> None:
+def test_plan_follows_the_number_of_threads(isa: str, restore_threads: None) -> None:
     inputs = random_inputs(CASES[12])
     plan = cl.Plan(inputs.bank, 2, backend="cpu")
     plan.images[:] = inputs.images_uint8.numpy()

@@ -58,7 +58,7 @@ def explain(
     dtype: str | torch.dtype | np.dtype | type = "uint8",
     layout: str = "NHWC",
     precision: str = "exact",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     backend: str = "auto",
 ) -> ops.Explanation:
     """Which backend would run a call, and why not the others.
@@ -66,18 +66,23 @@ def explain(
     Args:
         op: "bank_forward" (`responses`) or "bank_input_gradient" (`input_gradient`).
         bank: the bank, or None to ask about availability only.
-        batch, dtype, layout, precision, device: the images and options of the call.
+        batch, dtype, layout, precision: the images and options of the call.
+        device: where the images are; the bank's device, or the CPU without a bank.
         backend: "auto" or a name, as given to the call.
 
     Returns:
         An `Explanation`: `.chosen`, `.reason(name)`, `.verdicts`, and a readable `str()`.
 
     Raises:
-        ValueError: unknown operator or backend.
+        ValueError: unknown operator or backend, or a device that is not the bank's.
         BackendError: no backend can run it.
     """
     if op not in ops.OPS:
         raise ValueError(f"op should be one of {', '.join(map(repr, ops.OPS))}, got {op!r}")
+    if device is None:
+        device = "cpu" if bank is None else bank.device
+    elif bank is not None and torch.device(device).type != bank.device.type:
+        raise ValueError(f"the bank is on {bank.device}, images on {device} could not be shown to it")
     problem = ops.Problem(
         op=op,
         device=torch.device(device).type,

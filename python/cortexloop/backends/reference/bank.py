@@ -98,7 +98,6 @@ def unpack(weights: Tensor, row: list[int], dtype: torch.dtype) -> Model:
     Raises:
         ValueError: a section lies outside the buffer (weights and table are not of one bank).
     """
-    weights = weights.to(dtype)
 
     def section(offset: int, *shape: int) -> Tensor:
         size = 1
@@ -109,7 +108,7 @@ def unpack(weights: Tensor, row: list[int], dtype: torch.dtype) -> Model:
                 f"weights hold {weights.numel()} numbers, the table refers to {offset}..{offset + size}: "
                 "they do not belong to one bank"
             )
-        return weights[offset : offset + size].view(shape)
+        return weights[offset : offset + size].view(shape).to(dtype)
 
     f = LayerField
     layers = []

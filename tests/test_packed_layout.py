@@ -1,0 +1,103 @@
+"""Folding and packing: what lies where in the buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cortexloop.packing import (
+    LayerField,
+    ModelField,
+    fold,
+    layer_fields,
+    pack,
+    padded,
+    to_bfloat16_bits,
+    winograd_kernel,
+)
+from cortexloop.testing import CASES, random_inputs
+
+
+def test_fold_is_batch_norm(rng: np.random.Generator) -> None:
+    for layer in random_inputs(CASES[8]).bank.models[0].layers[1:]:
+        assert layer.pointwise is not None
+        x = rng.standard_normal(layer.in_channels)
+        mixing, bias = fold(layer)
+        plain = x @ layer.pointwise.astype(np.float64) + layer.bias
+        normed = layer.gamma * (plain - layer.mean) / np.sqrt(layer.variance + layer.epsilon) + layer.beta
+        np.testing.assert_allclose(x @ mixing + bias, normed, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [CASES[5], CASES[11], CASES[12]], ids=str)
+def test_sections_hold_the_folded_weights(case: object) -> None:
+    models = random_inputs(case).bank.models  # type: ignore[arg-type]
+    buffer, table = pack(models)
+    f = LayerField
+    for row, model in zip(table, models, strict=True):
+        assert row[ModelField.DEPTH] == len(model.layers)
+        assert (row[ModelField.HEIGHT], row[ModelField.WIDTH]) == (model.height, model.width)
+        for index, layer in enumerate(model.layers):
+            fields = layer_fields(row, index)
+            k, c, o = layer.kernel_size, layer.in_channels, layer.out_channels
+            mixing, bias = fold(layer)
+
+            def section(field: LayerField, *shape: int, at: dict[LayerField, int] = fields) -> np.ndarray:
+                offset = at[field]
+                assert offset % 16 == 0
+                return buffer[offset : offset + int(np.prod(shape))].reshape(shape)
+
+            got = section(f.BIAS, padded(o))
+            assert np.array_equal(got[:o], bias.astype(np.float32))
+            assert not got[o:].any()
+            if index == 0:
+                full = section(f.SPATIAL, k, k, 3, padded(o))
+                assert np.array_equal(full[..., :o], mixing.astype(np.float32))
+                assert not full[..., o:].any()
+                rows = section(f.TRANSPOSED, o, k, padded(3 * k))[..., : 3 * k].reshape(o, k, k, 3)
+                assert np.array_equal(rows, mixing.transpose(3, 0, 1, 2).astype(np.float32))
+                assert (fields[f.WINOGRAD] >= 0) == (k == 5 and layer.stride == 1)
+            else:
+                depthwise = section(f.SPATIAL, k, k, padded(c))
+                assert layer.depthwise is not None
+                assert np.array_equal(depthwise[..., :c], layer.depthwise)
+                assert not depthwise[..., c:].any()
+                assert np.array_equal(section(f.POINTWISE, c, padded(o))[:, :o], mixing.astype(np.float32))
+                assert np.array_equal(section(f.TRANSPOSED, o, padded(c))[:, :c], mixing.T.astype(np.float32))
+                assert fields[f.WINOGRAD] == -1
+                pairs = section(f.PAIRS, (c + 1) // 2, padded(o)).view(np.uint16).reshape(-1, padded(o), 2)
+                even = np.zeros((c + c % 2, padded(o)), np.float32)
+                even[:c, :o] = mixing
+                assert np.array_equal(pairs.transpose(0, 2, 1).reshape(even.shape), to_bfloat16_bits(even))
+        h, w = model.map_sizes()[-1]
+        channels = model.filters[-1]
+        start = row[ModelField.READOUT]
+        readout = buffer[start : start + h * w * padded(channels)].reshape(h, w, -1)
+        assert np.array_equal(readout[..., :channels], model.readout)
+        assert buffer[row[ModelField.READOUT_BIAS]] == np.float32(model.readout_bias)
+
+
+def test_winograd_kernel_computes_the_correlation(rng: np.random.Generator) -> None:
+    """y = A^T ((G w) * (B^T x)) with B^T from the interpolation polynomials and A^T from the powers of the points."""
+    kernel = rng.standard_normal((5, 5, 3, 2))
+    transformed = winograd_kernel(kernel)  # [2, 5, 3, 4, O]
+    points = [0.0, 1.0, -1.0, np.inf, 2.0, -2.0, 0.5, -0.5]
+    finite = [p for p in points if np.isfinite(p)]
+    b = np.zeros((8, 8))
+    a = np.zeros((4, 8))
+    for p, point in enumerate(points):
+        roots = [q for q in finite if q != point]
+        coefficients = np.poly(roots)[::-1]
+        b[p, : len(coefficients)] = coefficients
+        a[:, p] = [0, 0, 0, 1] if np.isinf(point) else [point**i for i in range(4)]
+    x = rng.standard_normal((5, 8, 3))
+    u = transformed.transpose(0, 3, 1, 2, 4).reshape(8, 5, 3, 2)
+    got = a @ np.einsum("pico,pic->po", u, np.einsum("px,ixc->pic", b, x))
+    expected = [np.einsum("ijco,ijc->o", kernel, x[:, i : i + 5]) for i in range(4)]
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    x = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-9, 0.0, 3e38], np.float32)
+    got = (to_bfloat16_bits(x).astype(np.uint32) << 16).view(np.float32)
+    assert got[:6].tolist() == [1.0, 1.0, 1 + 2**-6, 1 + 2**-7, -1.0, 0.0]
+    assert np.isfinite(got[6])
