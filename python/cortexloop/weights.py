@@ -183,7 +183,7 @@ class SharedCompactWeights:
                 raise ValueError(f"model {self.name!r}: {label} should have {ndim} dimensions, got {value.shape}")
             if not np.all(np.isfinite(value)):
                 raise ValueError(f"model {self.name!r}: {label} should be finite, got NaN or infinity")
-        channels = self.layers[-1].out_channels if self.layers else 0
+        channels = int(self.layers[-1].bias.size) if self.layers else 0
         neurons = self.neurons
         if neurons < 1:
             raise ValueError(f"model {self.name!r}: number of neurons should be at least 1, got 0")

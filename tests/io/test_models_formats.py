@@ -266,6 +266,17 @@ def test_configured_epsilon_is_kept(tmp_path):
         assert differences(io.load_models(tmp_path / f"m{suffix}")[0], weights) == []
 
 
+def test_strides_written_as_floats_are_read(tmp_path, monkeypatch):
+    import model_formats
+
+    weights = random_weights("m")
+    config = model_formats.keras_config(weights)
+    config["config"]["layers"][4]["config"]["strides"] = [2.0, 2.0]
+    monkeypatch.setattr(model_formats, "keras_config", lambda _: config)
+    write_keras(tmp_path / "m.keras", weights)
+    assert differences(io.load_models(tmp_path / "m.keras")[0], weights) == []
+
+
 @pytest.mark.parametrize(
     ("place", "key", "value"),
     [

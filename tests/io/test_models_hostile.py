@@ -197,9 +197,20 @@ def test_odd_pickles_are_refused(program):
 
 def test_nested_references_do_not_explode():
     # Every tuple holds the previous one twice: 2**200 leaves if anything walked or printed them.
-    program = b"\x80\x03K\x01" + b"q\0h\0\x86" * 200 + b"."
-    assert not refuse_or_read(".npy", npy(program))
-    assert not refuse_or_read(".pt", pt(program))
+    nested = b"\x80\x03K\x01" + b"q\0h\0\x86" * 200 + b"q\x01"
+    text, dtype = b"\x8c\x07storage", b"cnumpy\ndtype\n"
+    for program in (
+        b".",
+        b")R.",  # called
+        b"}h\x01b.",  # built on
+        b"}h\x01K\x01s.",  # a key
+        dtype + b"h\x01\x85R.",  # a type code
+        dtype + b"\x8c\x02f4\x85Rh\x01b.",  # the state of a type
+        b"(" + text + b"h\x01h\x01h\x01K\x01tQ.",  # a storage of torch
+        b"(" + b"h\x01" * 5 + b"tQ.",
+    ):
+        assert not refuse_or_read(".npy", npy(nested + program))
+        assert not refuse_or_read(".pt", pt(nested + program))
 
 
 # --- absurd sizes ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         ("a/b/spatial_pool/bias", np.full(4, np.inf, np.float32), "finite"),
         ("a/b/mixing/kernel", np.zeros((3, 4), np.float32), "4 axes"),
         ("a/b/mixing/bias", np.zeros((), np.float32), "1 dimensions"),
+        ("a/b/layer4/bias", np.zeros((), np.float32), "layer 4|mixing should be"),
         ("a/b/layer2/gamma", np.zeros(7, np.float32), "layer 2 gamma should be"),
     ]:
         np.savez(tmp_path / "broken.npz", **{**tensors, key: value})

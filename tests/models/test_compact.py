@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -189,6 +191,14 @@ def test_weights_round_trip_bit_for_bit(dtype):
     assert first.readout.tobytes() == second.readout.tobytes()
     assert first.readout_bias == second.readout_bias
     assert (second.height, second.width) == (11, 12)
+
+
+def test_arrays_of_two_dtypes_give_a_model_of_the_wider():
+    w = CompactModel((2, 3), 3, (1, 2), 6, 5, generator=torch.Generator().manual_seed(0)).to_weights("m")
+    mixed = replace(w, readout=w.readout.astype(np.float64))
+    image = torch.ones(1, 6, 5, 3, dtype=torch.float64)
+    expected = CompactModel.from_weights(w).double()(image)
+    torch.testing.assert_close(CompactModel.from_weights(mixed)(image), expected, rtol=0, atol=0)
 
 
 def test_from_weights_accepts_read_only_arrays_and_copies_them():

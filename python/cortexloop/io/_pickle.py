@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,9 +139,8 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments, symbol = self.pop(), self.pop()
-        # Only push_symbol's pairs are keys, so a look-alike pair built in the pickle gains nothing by it.
-        known = isinstance(symbol, tuple) and len(symbol) == 2 and all(isinstance(part, str) for part in symbol)
-        constructor = self.constructors.get((symbol[0], symbol[1])) if known else None
+        # Only listed pairs are keys, so a look-alike pair built in the pickle gains nothing by it.
+        constructor = self.constructors.get(symbol) if is_symbol(symbol) else None
         if constructor is None or not isinstance(arguments, tuple):
             raise ValueError("the pickle calls something that cannot be called")
         self.stack.append(constructor(arguments))
@@ -172,6 +171,11 @@ def unpickle(
     raise ValueError("the pickle is cut short")
 
 
+def is_symbol(value: Any) -> TypeGuard[Symbol]:
+    """Whether a value from a pickle is a pair of texts; others are never hashed, compared or printed."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 def is_shape(value: Any) -> bool:
     """Whether a value from a pickle is a tuple of non-negative integers."""
     return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
@@ -187,9 +191,10 @@ class _DType:
         self.code, self.order = code, "<"
 
     def build(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if not isinstance(order, str) or order not in ("<", ">", "|", "="):
             raise ValueError("the pickle holds a damaged array type")
-        self.order = state[1]
+        self.order = order
 
 
 class PickledArray:

@@ -141,7 +141,7 @@ def _parse_layers(layers: list[tuple[str, dict[str, Any]]]) -> Geometry:
             raise ValueError(f"{where}: strides should be [1, 1] or [2, 2]")
         if not isinstance(epsilon, float) or not np.isfinite(epsilon) or epsilon <= 0:
             raise ValueError(f"{where}: epsilon should be a positive number")
-        strides.append(stride[0])
+        strides.append(int(stride[0]))
         epsilons.append(epsilon)
     _require("the readout of its configuration", layers[-1][1], units=1, activation="linear", use_bias=True)
     return Geometry(tuple(strides), (shape[1], shape[2]), tuple(epsilons))

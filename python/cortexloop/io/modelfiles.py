@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,8 +120,8 @@ def open_models(
     return ModelFiles(
         source,
         Geometry(
-            None if strides is None else tuple(strides),
-            None if input_size is None else (input_size[0], input_size[1]),
+            None if strides is None else tuple(operator.index(stride) for stride in strides),
+            None if input_size is None else (operator.index(input_size[0]), operator.index(input_size[1])),
         ),
     )
 

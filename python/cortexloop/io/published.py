@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cortexloop.io._archive import Archive, decode_npy, read_file
-from cortexloop.io._pickle import StateDict, Symbol, is_shape, unpickle, unpickle_arrays
+from cortexloop.io._pickle import StateDict, Symbol, is_shape, is_symbol, unpickle, unpickle_arrays
 from cortexloop.io.assemble import Geometry, compact_from_tensors, layer_keys
 from cortexloop.weights import CompactWeights
 
@@ -172,12 +172,12 @@ def _torch_state(data: bytes) -> dict[str, NDArray[Any]]:
         raise ValueError("its byte order should be little or big")
 
     def storage(reference: Any) -> NDArray[Any]:
-        if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] != "storage":
+        if not isinstance(reference, tuple) or len(reference) != 5:
             raise ValueError("the pickle refers to something that is not a storage of torch")
-        _, symbol, key, _, _ = reference
-        if not isinstance(symbol, tuple) or symbol not in admitted or not isinstance(key, str):
+        kind, symbol, key, _, _ = reference
+        if not isinstance(kind, str) or kind != "storage" or not is_symbol(symbol) or not isinstance(key, str):
             raise ValueError("the pickle refers to a damaged storage")
-        code = _STORAGES.get(symbol[1])
+        code = _STORAGES.get(symbol[1]) if symbol[0] == "torch" else None
         raw = members.get(f"{folder}data/{key}")
         if code is None or raw is None or len(raw) % int(code[1]):
             raise ValueError("the pickle refers to a storage that is not in the file")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cortexloop.models.layers import Trunk, as_torch_dtype, copy_into, glorot_uniform_, to_numpy
+from cortexloop.models.layers import Trunk, copy_into, glorot_uniform_, to_numpy, torch_dtype
 from cortexloop.weights import BATCH_NORM_EPSILON, IMAGE_MEAN, CompactWeights
 
 
@@ -60,7 +60,7 @@ class CompactModel(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: CompactWeights) -> CompactModel:
-        """The model with these parameters, in their dtype and in evaluation mode.
+        """The model with these parameters, in their dtype (the wider one) and in evaluation mode.
 
         Raises:
             ValueError: the weights are not valid.
@@ -68,10 +68,11 @@ class CompactModel(nn.Module):
         weights.validate()
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.trunk = Trunk.like(weights.layers, weights.height, weights.width, weights.image_mean)
-        model.readout = nn.Parameter(torch.empty(weights.readout.shape, dtype=as_torch_dtype(weights.readout.dtype)))
+        dtype = torch_dtype(weights)
+        model.trunk = Trunk.like(weights, dtype)
+        model.readout = nn.Parameter(torch.empty(weights.readout.shape, dtype=dtype))
         copy_into(model.readout, weights.readout)
-        model.readout_bias = nn.Parameter(torch.tensor(weights.readout_bias, dtype=model.readout.dtype))
+        model.readout_bias = nn.Parameter(torch.tensor(weights.readout_bias, dtype=dtype))
         return model.eval()
 
     def to_weights(self, name: str) -> CompactWeights:

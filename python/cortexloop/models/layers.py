@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cortexloop.weights import KERNEL_SIZES, STRIDES, LayerWeights, same_padding
+from cortexloop.weights import (
+    KERNEL_SIZES,
+    STRIDES,
+    CompactWeights,
+    LayerWeights,
+    SharedCompactWeights,
+    same_padding,
+)
 
 KERAS_MOMENTUM = 0.01  # Keras' momentum 0.99 weighs the old value, torch's momentum weighs the new one
 
@@ -175,22 +182,21 @@ class Trunk(nn.Module):
         self.channels = c_in
 
     @classmethod
-    def like(
-        cls, layers: Sequence[LayerWeights], height: int, width: int, mean: Sequence[float], *, relu: bool = True
-    ) -> Trunk:
-        """A trunk with the shapes and the values of validated layer weights."""
+    def like(cls, weights: CompactWeights | SharedCompactWeights, dtype: torch.dtype, *, relu: bool = True) -> Trunk:
+        """A trunk with the shapes and the values of validated weights."""
+        layers = weights.layers
         trunk = cls(
             [layer.out_channels for layer in layers],
             [layer.kernel_size for layer in layers],
             [layer.stride for layer in layers],
             [layer.epsilon for layer in layers],
-            height,
-            width,
-            mean,
+            weights.height,
+            weights.width,
+            weights.image_mean,
             relu=relu,
-        ).to(as_torch_dtype(layers[0].bias.dtype))
-        for layer, weights in zip(trunk.stack(), layers, strict=True):
-            layer.load(weights)
+        ).to(dtype)
+        for layer, own in zip(trunk.stack(), layers, strict=True):
+            layer.load(own)
         return trunk
 
     def stack(self) -> list[Layer]:
@@ -236,9 +242,11 @@ class Trunk(nn.Module):
         return self.stack()[layer].depthwise_output(self(images, layer)).permute(0, 2, 3, 1)
 
 
-def as_torch_dtype(dtype: np.dtype[np.floating]) -> torch.dtype:
-    """torch.float64 for float64 arrays, torch.float32 for every other float."""
-    return torch.float64 if dtype == np.float64 else torch.float32
+def torch_dtype(weights: CompactWeights | SharedCompactWeights) -> torch.dtype:
+    """torch.float64 if any array of the weights is float64, else torch.float32."""
+    owners = (weights, *weights.layers)
+    arrays = (value for owner in owners for value in vars(owner).values() if isinstance(value, np.ndarray))
+    return torch.float64 if any(array.dtype == np.float64 for array in arrays) else torch.float32
 
 
 def copy_into(tensor: Tensor, array: NDArray[np.floating]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cortexloop.models.compact import published_strides
-from cortexloop.models.layers import Trunk, as_torch_dtype, copy_into, glorot_uniform_, to_numpy
+from cortexloop.models.layers import Trunk, copy_into, glorot_uniform_, to_numpy, torch_dtype
 from cortexloop.weights import BATCH_NORM_EPSILON, IMAGE_MEAN, SharedCompactWeights
 
 
@@ -58,7 +58,7 @@ class SharedCompactModel(nn.Module):
 
     @classmethod
     def from_weights(cls, weights: SharedCompactWeights) -> SharedCompactModel:
-        """The model with these parameters, in their dtype and in evaluation mode.
+        """The model with these parameters, in their dtype (the wider one) and in evaluation mode.
 
         Raises:
             ValueError: the weights are not valid.
@@ -67,10 +67,11 @@ class SharedCompactModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.relu = weights.relu
-        model.trunk = Trunk.like(weights.layers, weights.height, weights.width, weights.image_mean, relu=weights.relu)
+        dtype = torch_dtype(weights)
+        model.trunk = Trunk.like(weights, dtype, relu=weights.relu)
         for label in ("mixing", "mixing_bias", "spatial", "spatial_bias"):
             array = getattr(weights, label)
-            parameter = nn.Parameter(torch.empty(array.shape, dtype=as_torch_dtype(array.dtype)))
+            parameter = nn.Parameter(torch.empty(array.shape, dtype=dtype))
             copy_into(parameter, array)
             setattr(model, label, parameter)
         return model.eval()
