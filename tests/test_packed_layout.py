@@ -13,7 +13,7 @@ from cortexloop.packing import (
     pack,
     padded,
     to_bfloat16_bits,
-    winograd_kernel,
+    winograd_transform,
 )
 from cortexloop.testing import CASES, random_inputs
 
@@ -53,9 +53,18 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
                 full = section(f.SPATIAL, k, k, 3, padded(o))
                 assert np.array_equal(full[..., :o], mixing.astype(np.float32))
                 assert not full[..., o:].any()
-                rows = section(f.TRANSPOSED, o, k, padded(3 * k))[..., : 3 * k].reshape(o, k, k, 3)
-                assert np.array_equal(rows, mixing.transpose(3, 0, 1, 2).astype(np.float32))
-                assert (fields[f.WINOGRAD] >= 0) == (k == 5 and layer.stride == 1)
+                if k == 5 and layer.stride == 1:
+                    groups = section(f.WINOGRAD, 2, 5, 3, 4, padded(o))[..., :o].transpose(0, 3, 1, 2, 4)
+                    assert np.array_equal(groups.reshape(8, 5, 3, o), winograd_transform(mixing).astype(np.float32))
+                    columns = section(f.WINOGRAD_TRANSPOSED, 8, o, 16)
+                    flipped = winograd_transform(mixing[:, ::-1]).transpose(0, 3, 1, 2).reshape(8, o, 15)
+                    assert np.array_equal(columns[..., :15], flipped.astype(np.float32))
+                    assert not columns[..., 15].any()
+                    assert fields[f.TRANSPOSED] == -1
+                else:
+                    rows = section(f.TRANSPOSED, o, k, padded(3 * k))[..., : 3 * k].reshape(o, k, k, 3)
+                    assert np.array_equal(rows, mixing.transpose(3, 0, 1, 2).astype(np.float32))
+                    assert fields[f.WINOGRAD] == fields[f.WINOGRAD_TRANSPOSED] == -1
             else:
                 depthwise = section(f.SPATIAL, k, k, padded(c))
                 assert layer.depthwise is not None
@@ -76,10 +85,10 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
         assert buffer[row[ModelField.READOUT_BIAS]] == np.float32(model.readout_bias)
 
 
-def test_winograd_kernel_computes_the_correlation(rng: np.random.Generator) -> None:
+def test_winograd_transform_computes_the_correlation(rng: np.random.Generator) -> None:
     """y = A^T ((G w) * (B^T x)) with B^T from the interpolation polynomials and A^T from the powers of the points."""
     kernel = rng.standard_normal((5, 5, 3, 2))
-    transformed = winograd_kernel(kernel)  # [2, 5, 3, 4, O]
+    u = winograd_transform(kernel)
     points = [0.0, 1.0, -1.0, np.inf, 2.0, -2.0, 0.5, -0.5]
     finite = [p for p in points if np.isfinite(p)]
     b = np.zeros((8, 8))
@@ -90,7 +99,6 @@ def test_winograd_kernel_computes_the_correlation(rng: np.random.Generator) -> N
         b[p, : len(coefficients)] = coefficients
         a[:, p] = [0, 0, 0, 1] if np.isinf(point) else [point**i for i in range(4)]
     x = rng.standard_normal((5, 8, 3))
-    u = transformed.transpose(0, 3, 1, 2, 4).reshape(8, 5, 3, 2)
     got = a @ np.einsum("pico,pic->po", u, np.einsum("px,ixc->pic", b, x))
     expected = [np.einsum("ijco,ijc->o", kernel, x[:, i : i + 5]) for i in range(4)]
     np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)

@@ -14,12 +14,13 @@ struct LayerView {
   std::int32_t in_c, out_c, in_p, out_p;
   std::int32_t in_h, in_w, out_h, out_w;
   std::int32_t pad_top, pad_left;
-  const float* spatial;     // first layer [k, k, 3, out_p], others depthwise [k, k, in_p]
-  const float* pointwise;   // [in_c, out_p]; null in the first layer
-  const float* bias;        // [out_p]
-  const float* transposed;  // first layer [out_c, k, taps_p], others [out_c, in_p]
-  const float* winograd;    // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
-  const float* pairs;       // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
+  const float* spatial;              // first layer [k, k, 3, out_p], others depthwise [k, k, in_p]
+  const float* pointwise;            // [in_c, out_p]; null in the first layer
+  const float* bias;                 // [out_p]
+  const float* transposed;           // [out_c, in_p]; first layer [out_c, k, taps_p], null if it has a winograd kernel
+  const float* winograd;             // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
+  const float* winograd_transposed;  // beside winograd: [8, out_c, 16]
+  const float* pairs;  // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
 };
 
 struct ModelView {

@@ -83,12 +83,19 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
     layer.pad_left = static_cast<std::int32_t>(f[kPadLeft]);
     layer.bias = sections.at(f[kBias], out_p);
     layer.pointwise = nullptr;
+    layer.transposed = nullptr;
     layer.winograd = nullptr;
+    layer.winograd_transposed = nullptr;
     layer.pairs = nullptr;
     if (l == 0) {
       layer.spatial = sections.at(f[kSpatial], k * k * 3 * out_p);
-      layer.transposed = sections.at(f[kTransposed], out_c * k * taps_p);
-      if (f[kWinograd] >= 0) layer.winograd = sections.at(f[kWinograd], 2 * 5 * 3 * 4 * out_p);
+      if (f[kWinograd] < 0) {
+        layer.transposed = sections.at(f[kTransposed], out_c * k * taps_p);
+      } else {
+        if (k != 5 || stride != 1) return sentence("layer %lld of model %lld cannot have a Winograd kernel", l, model);
+        layer.winograd = sections.at(f[kWinograd], 2 * 5 * 3 * 4 * out_p);
+        layer.winograd_transposed = sections.at(f[kWinogradTransposed], 8 * out_c * 16);
+      }
     } else {
       layer.spatial = sections.at(f[kSpatial], k * k * in_p);
       layer.pointwise = sections.at(f[kPointwise], channels * out_p);

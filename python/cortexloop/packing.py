@@ -10,8 +10,10 @@ real channels, so that every instruction set reads whole vectors and padded chan
     spatial       layer 0: full kernel [k, k, 3, Op]; others: depthwise kernel [k, k, Cp]
     pointwise     [C, Op], batch norm folded (layer 0: none)
     bias          [Op], batch norm folded
-    transposed    for the gradient; layer 0: [O, k, Tp] with Tp = k * 3 padded; others: pointwise transposed [O, Cp]
-    winograd      layer 0 with k = 5 and stride 1: transformed kernel [2, 5, 3, 4, Op] (see `winograd_kernel`)
+    winograd      layer 0 with k = 5 and stride 1: transformed kernel, points in two groups [2, 5, 3, 4, Op]
+    transposed    for the gradient; pointwise transposed [O, Cp]; layer 0: the kernel as [O, k, Tp], Tp = k * 3 padded
+    winograd_transposed   for the gradient of a layer 0 with a winograd section, instead of transposed: the kernel flipped
+                  along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
     pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
     readout       [H_last, W_last, Op]
     readout_bias  [1]
@@ -58,6 +60,7 @@ class LayerField(IntEnum):
     TRANSPOSED = 11
     WINOGRAD = 12
     PAIRS = 13
+    WINOGRAD_TRANSPOSED = 14
 
 
 def padded(channels: int) -> int:
@@ -82,11 +85,11 @@ _FINITE_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 _POINT_ORDER = (0, 1, 2, 7, 3, 4, 5, 6)
 
 
-def winograd_kernel(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Transform a kernel [5, 5, 3, O] along x for 1-D Winograd (Toom-Cook) F(4, 5): [2, 5, 3, 4, O].
+def winograd_transform(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Transform a kernel [5, 5, 3, O] along x for 1-D Winograd (Toom-Cook) F(4, 5): [8, 5, 3, O].
 
     Four neighbouring outputs y_i = sum_j w_j x_(i+j) cost 8 products instead of 20: y = A^T ((G w) * (B^T x)) with the
-    points 0, 1, -1, infinity | 2, -2, 1/2, -1/2. G is applied here in float64; B^T and A^T are in the kernels.
+    points 0, 1, -1, infinity, 2, -2, 1/2, -1/2. G is applied here in float64; B^T and A^T are in the kernels.
     Weights that are multiples of 360 transform to short binary fractions, which the exact tests use.
     """
     g = np.zeros((8, 5))
@@ -94,9 +97,8 @@ def winograd_kernel(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
         norm = np.prod([a - b for b in _FINITE_POINTS if b != a])
         g[p] = [a**j / norm for j in range(5)]
     g[7, 4] = 1.0
-    transformed = np.einsum("pj,ijcx->picx", g, kernel)[list(_POINT_ORDER)]
-    grouped: NDArray[np.float64] = transformed.reshape(2, 4, 5, 3, -1).transpose(0, 2, 3, 1, 4)
-    return grouped
+    transformed: NDArray[np.float64] = np.einsum("pj,ijcx->picx", g, kernel)
+    return transformed[list(_POINT_ORDER)]
 
 
 def to_bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -146,15 +148,21 @@ def _pack_layer(buffer: _Buffer, layer: LayerWeights, height: int, width: int) -
         f.PAD_LEFT: pad_left,
         f.BIAS: buffer.add(_pad_last(bias)),
         f.POINTWISE: -1,
+        f.TRANSPOSED: -1,
         f.WINOGRAD: -1,
+        f.WINOGRAD_TRANSPOSED: -1,
         f.PAIRS: -1,
     }
     if layer.kernel is not None:
         fields[f.SPATIAL] = buffer.add(_pad_last(mixing))
-        taps = mixing.transpose(3, 0, 1, 2).reshape(o, k, k * 3)
-        fields[f.TRANSPOSED] = buffer.add(_pad_last(taps))
         if k == 5 and stride == 1:
-            fields[f.WINOGRAD] = buffer.add(_pad_last(winograd_kernel(mixing)))
+            groups = winograd_transform(mixing).reshape(2, 4, 5, 3, o).transpose(0, 2, 3, 1, 4)
+            fields[f.WINOGRAD] = buffer.add(_pad_last(groups))
+            columns = winograd_transform(mixing[:, ::-1]).reshape(8, 15, o).transpose(0, 2, 1)
+            fields[f.WINOGRAD_TRANSPOSED] = buffer.add(_pad_last(columns))
+        else:
+            taps = mixing.transpose(3, 0, 1, 2).reshape(o, k, k * 3)
+            fields[f.TRANSPOSED] = buffer.add(_pad_last(taps))
         macs = out_h * out_w * k * k * 3 * o
     else:
         assert layer.depthwise is not None

@@ -113,25 +113,6 @@ def test_core_is_clean_under_sanitizers(sanitizer: str, problems: list[str], tmp
     assert "all equal" in done.stdout
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_kernels_leave_no_weak_symbols(name: str, tmp_path: Path) -> None:
-    """A weak symbol compiled for a newer processor could be the copy that the linker keeps for older ones."""
-    cxx = compiler()
-    if not links(cxx, FLAGS[name], tmp_path):
-        pytest.skip(f"{cxx} does not compile for {name}")
-    target = tmp_path / f"{name}.o"
-    command = [cxx, "-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", *WARNINGS, *FLAGS[name]]
-    done = subprocess.run(
-        [*command, f"-I{CSRC / 'include'}", "-c", str(CSRC / f"cpu/isa_{name}.cpp"), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    symbols = subprocess.run(["nm", "--defined-only", str(target)], capture_output=True, text=True, check=True).stdout
-    weak = [line for line in symbols.splitlines() if line.split()[-2] in "WwVvu"]
-    assert not weak, f"{name} defines weak symbols:\n" + "\n".join(weak)
-
-
 def test_kernels_compile_for_neon(tmp_path: Path) -> None:
     """The Arm kernels are built wherever a cross compiler is at hand."""
     cxx = shutil.which("aarch64-linux-gnu-g++")

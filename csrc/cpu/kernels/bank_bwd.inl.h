@@ -5,8 +5,9 @@
 //
 // Work:   one call = one (image, model): the fused forward pass, which leaves one bit per activation, then the gradient.
 // Memory: as forward, rows stream: each layer keeps only the rows of pointwise^T d z that the next transpose reads.
-// First layer: pointwise-like product of each d z_0 row with all taps of all colours, [out_w, k, taps_p], then a gather of
-//         the k x k neighbours; this keeps the 48 -> 3 channel product in full vectors.
+// First layer: Winograd along rows where the kernel is 5 x 5 with stride 1 (see winograd.inl.h). Otherwise a product of each
+//         d z_0 row with all taps of all colours, [out_w, k, taps_p], then a gather of the k x k neighbours. Both keep the
+//         48 -> 3 channel product in full vectors.
 #pragma once
 
 #include "bank_fwd.inl.h"
@@ -21,33 +22,69 @@ struct Backward {
   Ring rings[kMaxDepth];  // [1..]: pointwise^T d z of each layer
   std::int32_t next[kMaxDepth];
   float* d_z[kMaxDepth];  // [out_w, out_p] of the row at work
-  float* taps;            // [k slots, out_w, k, taps_p]
+  WinogradGradientArgs
+      winograd;        // buffers of a Winograd first layer; its d_z begins two pixels of margin before d_z[0]
+  float* row_colours;  // its products: [5 slots, 4 * tiles, 16]
+  float* taps;         // any other first layer: [k slots, out_w, k, taps_p]
   std::int32_t taps_p;
   float* tap_sums;  // [tap_columns, taps_p]: taps of one image row, with K - 1 zero columns on both sides
   std::int32_t tap_columns;
   float* grad_row;  // [in_w * 3 + 4]
 };
 
+inline void first_layer_layout(Arena& arena, const LayerView& first, Backward& b) {
+  b.grad_row = arena.floats(first.in_w * 3 + 4);
+  if (first.winograd != nullptr) {
+    WinogradGradientArgs& w = b.winograd;
+    w.tiles = (first.in_w + kTile - 1) / kTile;
+    w.channels = first.out_c;
+    w.channels_p = first.out_p;
+    w.weights = first.winograd_transposed;
+    float* padded = arena.floats(static_cast<std::int64_t>(w.tiles * kTile + kPoints - kTile) * w.channels_p);
+    w.d_z = padded;
+    b.d_z[0] = padded == nullptr ? nullptr : padded + 2 * w.channels_p;
+    w.transformed = arena.floats(static_cast<std::int64_t>(kPoints) * w.tiles * w.channels_p);
+    w.products = arena.floats(static_cast<std::int64_t>(kPoints) * w.tiles * kRowColours);
+    b.row_colours = arena.floats(5LL * w.tiles * kTile * kRowColours);
+    return;
+  }
+  b.d_z[0] = arena.floats(static_cast<std::int64_t>(first.out_w) * first.out_p);
+  b.taps_p = (first.kernel * 3 + kPaddedChannels - 1) / kPaddedChannels * kPaddedChannels;
+  b.taps = arena.floats(static_cast<std::int64_t>(first.kernel) * first.out_w * first.kernel * b.taps_p);
+  const int reach = (first.pad_left + first.in_w - 1) / first.stride + 1;
+  b.tap_columns = 2 * (first.kernel - 1) + (reach > first.out_w ? reach : first.out_w);
+  b.tap_sums = arena.floats(static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
+}
+
+// Zero what the kernels read around the rows: the scratch comes with the last call's values.
+inline void zero_first_layer(const Backward& b) {
+  const LayerView& first = b.forward.model->layers[0];
+  if (first.winograd != nullptr) {
+    const WinogradGradientArgs& w = b.winograd;
+    float* after = b.d_z[0] + static_cast<std::int64_t>(first.out_w) * w.channels_p;
+    fill_zero(b.d_z[0] - 2 * w.channels_p, 2 * w.channels_p);
+    fill_zero(after, static_cast<std::int64_t>(w.tiles * kTile + 2 - first.out_w) * w.channels_p);
+  } else {
+    fill_zero(b.tap_sums, static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
+  }
+}
+
 inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {
   forward_layout(arena, model, true, b.forward);
   for (int l = 0; l < model.depth; ++l) {
     const LayerView& layer = model.layers[l];
     b.next[l] = 0;
+    if (l == 0) {
+      first_layer_layout(arena, layer, b);
+      continue;
+    }
     b.d_z[l] = arena.floats(static_cast<std::int64_t>(layer.out_w) * layer.out_p);
-    if (l == 0) continue;
     const int left = (layer.kernel - 1) / layer.stride;
     const int columns = left + (layer.pad_left + layer.in_w - 1 + kTransposedPixels) / layer.stride + 1;
     const int needed = left + layer.out_w;
     const int slots = (layer.kernel - 1) / layer.stride + 1;
     b.rings[l] = make_ring(arena, slots, vectors_of(layer.in_p), left, columns > needed ? columns : needed);
   }
-  const LayerView& first = model.layers[0];
-  b.taps_p = (first.kernel * 3 + kPaddedChannels - 1) / kPaddedChannels * kPaddedChannels;
-  b.taps = arena.floats(static_cast<std::int64_t>(first.kernel) * first.out_w * first.kernel * b.taps_p);
-  const int reach = (first.pad_left + first.in_w - 1) / first.stride + 1;
-  b.tap_columns = 2 * (first.kernel - 1) + (reach > first.out_w ? reach : first.out_w);
-  b.tap_sums = arena.floats(static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
-  b.grad_row = arena.floats(first.in_w * 3 + 4);
 }
 
 // Last output row whose kernel window reaches input row y, limited to the map.
@@ -128,10 +165,15 @@ inline void d_z_row(Backward& b, int l, int y) {
   depthwise_transposed(d);
 }
 
-// Row v of the first layer: products of d z_0 with every tap of every colour.
+// Row v of the first layer: products of d z_0 with the kernel, into the ring that gather_row reads.
 inline void taps_row(Backward& b, int v) {
   d_z_row(b, 0, v);
   const LayerView& layer = b.forward.model->layers[0];
+  if (layer.winograd != nullptr) {
+    b.winograd.out = b.row_colours + static_cast<std::int64_t>(v % 5) * b.winograd.tiles * kTile * kRowColours;
+    winograd_gradient_row(b.winograd);
+    return;
+  }
   const std::int64_t row_floats = static_cast<std::int64_t>(layer.kernel) * b.taps_p;
   const float* a = b.d_z[0];
   GemmArgs g;
@@ -189,7 +231,25 @@ void gather_taps(const Backward& b, int y) {
   }
 }
 
+// The same for a Winograd first layer, whose columns are summed already.
+inline void gather_row_colours(const Backward& b, int y) {
+  const LayerView& layer = b.forward.model->layers[0];
+  const std::int64_t row_floats = static_cast<std::int64_t>(b.winograd.tiles) * kTile * kRowColours;
+  const float* rows[5] = {};
+  int n_rows = 0;
+  for (int i = 0; i < 5; ++i) {
+    const int v = y + 2 - i;
+    if (v >= 0 && v < layer.out_h) rows[n_rows++] = b.row_colours + (v % 5) * row_floats + i * 3;
+  }
+  for (int x = 0; x < layer.in_w; ++x) {
+    v4 colour = v4_load(rows[0] + x * kRowColours);
+    for (int i = 1; i < n_rows; ++i) colour = v4_add(colour, v4_load(rows[i] + x * kRowColours));
+    v4_store(b.grad_row + x * 3, colour);
+  }
+}
+
 inline void gather_row(const Backward& b, int y) {
+  if (b.forward.model->layers[0].winograd != nullptr) return gather_row_colours(b, y);
   switch (b.forward.model->layers[0].kernel) {
     case 1: return gather_taps<1>(b, y);
     case 3: return gather_taps<3>(b, y);
@@ -218,7 +278,7 @@ inline float bank_gradient(const ModelView& model, const PreparedImage& image, f
 
   const LayerView& first = model.layers[0];
   for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l], model.layers[l].out_w);
-  fill_zero(b.tap_sums, static_cast<std::int64_t>(b.tap_columns) * b.taps_p);
+  zero_first_layer(b);
   for (int y = 0; y < first.in_h; ++y) {
     const int last = last_reaching(first, y);
     while (b.next[0] <= last) {

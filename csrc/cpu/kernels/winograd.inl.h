@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../simd.h"
+#include "gemm.inl.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -22,27 +23,31 @@ constexpr std::int32_t tiles_padded(std::int32_t width) {
   return ((width + kTile - 1) / kTile + kTileAlign - 1) / kTileAlign * kTileAlign;
 }
 
+// B^T of 8 neighbouring values d. Point a != 0 is (even part) + a * (odd part) of x (x^2 - b^2) (x^2 - c^2) (x + a), with b
+// and c the other two magnitudes.
+CL_INLINE void winograd_input(const vf (&d)[kPoints], vf (&out)[kPoints]) {
+  out[0] = vfma(vset1(5.25f), vsub(d[2], d[4]), vsub(d[6], d[0]));
+  const vf even1 = vfma(vset1(-4.25f), d[4], vadd(d[2], d[6])), odd1 = vfma(vset1(-4.25f), d[3], vadd(d[1], d[5]));
+  out[1] = vadd(even1, odd1);
+  out[2] = vsub(even1, odd1);
+  out[3] = vfma(vset1(5.25f), vsub(d[3], d[5]), vsub(d[7], d[1]));
+  const vf even2 = vfma(vset1(-1.25f), d[4], vfma(vset1(0.25f), d[2], d[6]));
+  const vf odd2 = vfma(vset1(-1.25f), d[3], vfma(vset1(0.25f), d[1], d[5]));
+  out[4] = vfma(vset1(2.0f), odd2, even2);
+  out[5] = vfma(vset1(-2.0f), odd2, even2);
+  const vf even3 = vfma(vset1(-5.0f), d[4], vfma(vset1(4.0f), d[2], d[6]));
+  const vf odd3 = vfma(vset1(-5.0f), d[3], vfma(vset1(4.0f), d[1], d[5]));
+  out[6] = vfma(vset1(0.5f), odd3, even3);
+  out[7] = vfma(vset1(-0.5f), odd3, even3);
+}
+
 // B^T of one row of one colour. `phase[r]` [tiles_p + kTileAlign]: padded pixel 4 t + r at index t. `out` [8, tiles_p].
 inline void winograd_image_row(const float* const* phase, std::int32_t tiles_p, float* CL_RESTRICT out) {
   for (int t = 0; t < tiles_p; t += kLanes) {
-    const vf d0 = vload(phase[0] + t), d1 = vload(phase[1] + t), d2 = vload(phase[2] + t), d3 = vload(phase[3] + t);
-    const vf d4 = vload(phase[0] + t + 1), d5 = vload(phase[1] + t + 1);
-    const vf d6 = vload(phase[2] + t + 1), d7 = vload(phase[3] + t + 1);
-    const auto put = [&](int p, vf x) { vstore(out + p * tiles_p + t, x); };
-    // Point a != 0 is (even part) + a * (odd part) of x (x^2 - b^2) (x^2 - c^2) (x + a), b and c the other two magnitudes.
-    put(0, vfma(vset1(5.25f), vsub(d2, d4), vsub(d6, d0)));
-    const vf even1 = vfma(vset1(-4.25f), d4, vadd(d2, d6)), odd1 = vfma(vset1(-4.25f), d3, vadd(d1, d5));
-    put(1, vadd(even1, odd1));
-    put(2, vsub(even1, odd1));
-    put(3, vfma(vset1(5.25f), vsub(d3, d5), vsub(d7, d1)));
-    const vf even2 = vfma(vset1(-1.25f), d4, vfma(vset1(0.25f), d2, d6));
-    const vf odd2 = vfma(vset1(-1.25f), d3, vfma(vset1(0.25f), d1, d5));
-    put(4, vfma(vset1(2.0f), odd2, even2));
-    put(5, vfma(vset1(-2.0f), odd2, even2));
-    const vf even3 = vfma(vset1(-5.0f), d4, vfma(vset1(4.0f), d2, d6));
-    const vf odd3 = vfma(vset1(-5.0f), d3, vfma(vset1(4.0f), d1, d5));
-    put(6, vfma(vset1(0.5f), odd3, even3));
-    put(7, vfma(vset1(-0.5f), odd3, even3));
+    vf d[kPoints], transformed[kPoints];
+    CL_UNROLL for (int q = 0; q < kPoints; ++q) d[q] = vload(phase[q % kTile] + t + q / kTile);
+    winograd_input(d, transformed);
+    CL_UNROLL for (int p = 0; p < kPoints; ++p) vstore(out + p * tiles_p + t, transformed[p]);
   }
 }
 
@@ -85,6 +90,23 @@ CL_INLINE void winograd_sum(const WinogradArgs& w, int group, int t, int v, vf (
   }
 }
 
+// A^T, first group of points (m0, m1, m-1, inf) and second group (m2, m-2, m1/2, m-1/2) added to it.
+CL_INLINE void winograd_output_first(vf m0, vf m1, vf m1n, vf inf, vf (&y)[kTile]) {
+  const vf sum = vadd(m1, m1n), difference = vsub(m1, m1n);
+  y[0] = vadd(m0, sum);
+  y[1] = difference;
+  y[2] = sum;
+  y[3] = vadd(inf, difference);
+}
+
+CL_INLINE void winograd_output_second(vf m2, vf m2n, vf m3, vf m3n, vf (&y)[kTile]) {
+  const vf sum2 = vadd(m2, m2n), difference2 = vsub(m2, m2n), sum3 = vadd(m3, m3n), difference3 = vsub(m3, m3n);
+  y[0] = vadd(y[0], vadd(sum2, sum3));
+  y[1] = vfma(vset1(2.0f), difference2, vfma(vset1(0.5f), difference3, y[1]));
+  y[2] = vfma(vset1(4.0f), sum2, vfma(vset1(0.25f), sum3, y[2]));
+  y[3] = vfma(vset1(8.0f), difference2, vfma(vset1(0.125f), difference3, y[3]));
+}
+
 // T tiles x N vectors of channels: 4 T output pixels.
 template <int T, int N>
 CL_NOINLINE void winograd_block(const WinogradArgs& w, int t, int v) {
@@ -92,24 +114,17 @@ CL_NOINLINE void winograd_block(const WinogradArgs& w, int t, int v) {
   alignas(64) float partial[T][N][4][kLanes];
   winograd_sum<T, N>(w, 0, t, v, acc);
   CL_UNROLL for (int k = 0; k < T; ++k) CL_UNROLL for (int n = 0; n < N; ++n) {
-    const vf sum = vadd(acc[1][k][n], acc[2][k][n]), difference = vsub(acc[1][k][n], acc[2][k][n]);
-    vstore(partial[k][n][0], vadd(acc[0][k][n], sum));
-    vstore(partial[k][n][1], difference);
-    vstore(partial[k][n][2], sum);
-    vstore(partial[k][n][3], vadd(acc[3][k][n], difference));
+    vf y[kTile];
+    winograd_output_first(acc[0][k][n], acc[1][k][n], acc[2][k][n], acc[3][k][n], y);
+    CL_UNROLL for (int i = 0; i < kTile; ++i) vstore(partial[k][n][i], y[i]);
   }
   winograd_sum<T, N>(w, 1, t, v, acc);
   CL_UNROLL for (int n = 0; n < N; ++n) {
     const vf bias = vload(w.bias + (v + n) * kLanes);
     CL_UNROLL for (int k = 0; k < T; ++k) {
-      const vf sum2 = vadd(acc[0][k][n], acc[1][k][n]), difference2 = vsub(acc[0][k][n], acc[1][k][n]);
-      const vf sum3 = vadd(acc[2][k][n], acc[3][k][n]), difference3 = vsub(acc[2][k][n], acc[3][k][n]);
-      const vf y[kTile] = {
-          vadd(vload(partial[k][n][0]), vadd(sum2, sum3)),
-          vfma(vset1(2.0f), difference2, vfma(vset1(0.5f), difference3, vload(partial[k][n][1]))),
-          vfma(vset1(4.0f), sum2, vfma(vset1(0.25f), sum3, vload(partial[k][n][2]))),
-          vfma(vset1(8.0f), difference2, vfma(vset1(0.125f), difference3, vload(partial[k][n][3]))),
-      };
+      vf y[kTile];
+      CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vload(partial[k][n][i]);
+      winograd_output_second(acc[0][k][n], acc[1][k][n], acc[2][k][n], acc[3][k][n], y);
       const int x0 = (t + k) * kTile;
       float* out = w.out + (v + n) * w.out_vector_stride + static_cast<std::int64_t>(x0) * kLanes;
       CL_UNROLL for (int i = 0; i < kTile; ++i) {
@@ -144,6 +159,73 @@ inline void winograd_row(const WinogradArgs& w) {
       v += 1;
     }
   }
+}
+
+// Gradient of the first layer by the same F(4, 5), with the kernel flipped along x. Lanes of the input transform are
+// channels, lanes of the products are the 15 (kernel row, colour) pairs of a pixel.
+constexpr int kRowColours = 16;  // 5 rows x 3 colours and a zero
+
+struct WinogradGradientArgs {
+  const float* d_z;  // [4 * tiles + 4, channels_p]: one row of d z_0, padded pixel 0 first (two zero pixels of margin)
+  std::int32_t tiles, channels, channels_p;
+  const float* weights;  // [8, channels, 16]
+  float* transformed;    // scratch [8, tiles, channels_p]
+  float* products;       // scratch [8, tiles, 16]
+  float*
+      out;  // [4 * tiles, 16]: for pixel x, what this row of d z_0 adds to image row y + 2 - i, colour c, at i * 3 + c
+};
+
+CL_NOINLINE void winograd_gradient_input(const WinogradGradientArgs& w) {
+  const std::int64_t point_stride = static_cast<std::int64_t>(w.tiles) * w.channels_p;
+  for (int t = 0; t < w.tiles; ++t) {
+    for (int v = 0; v < w.channels_p; v += kLanes) {
+      const float* in = w.d_z + static_cast<std::int64_t>(t) * kTile * w.channels_p + v;
+      vf d[kPoints], transformed[kPoints];
+      CL_UNROLL for (int q = 0; q < kPoints; ++q) d[q] = vload(in + q * w.channels_p);
+      winograd_input(d, transformed);
+      float* out = w.transformed + static_cast<std::int64_t>(t) * w.channels_p + v;
+      CL_UNROLL for (int p = 0; p < kPoints; ++p) vstore(out + p * point_stride, transformed[p]);
+    }
+  }
+}
+
+CL_NOINLINE void winograd_gradient_output(const WinogradGradientArgs& w) {
+  for (int t = 0; t < w.tiles; ++t) {
+    for (int v = 0; v < kRowColours; v += kLanes) {
+      const float* in = w.products + t * kRowColours + v;
+      vf m[kPoints], y[kTile];
+      CL_UNROLL for (int p = 0; p < kPoints; ++p) m[p] = vload(in + p * w.tiles * kRowColours);
+      winograd_output_first(m[0], m[1], m[2], m[3], y);
+      winograd_output_second(m[4], m[5], m[6], m[7], y);
+      float* out = w.out + t * kTile * kRowColours + v;
+      CL_UNROLL for (int i = 0; i < kTile; ++i) vstore(out + i * kRowColours, y[i]);
+    }
+  }
+}
+
+inline void winograd_gradient_row(const WinogradGradientArgs& w) {
+  winograd_gradient_input(w);
+  for (int p = 0; p < kPoints; ++p) {
+    const float* a = w.transformed + static_cast<std::int64_t>(p) * w.tiles * w.channels_p;
+    const float* b = w.weights + static_cast<std::int64_t>(p) * w.channels * kRowColours;
+    GemmArgs g;
+    g.a = &a;
+    g.b = &b;
+    g.segments = 1;
+    g.depth = w.channels;
+    g.lda = w.channels_p;
+    g.ldb = kRowColours;
+    g.width = w.tiles;
+    g.vectors = kRowColours / kLanes;
+    g.out = w.products + static_cast<std::int64_t>(p) * w.tiles * kRowColours;
+    g.out_vector_stride = kLanes;
+    g.out_pixel_stride = kRowColours;
+    g.bias = nullptr;
+    g.mask = nullptr;
+    g.mask_stride = 0;
+    gemm<ExactProduct>(g);
+  }
+  winograd_gradient_output(w);
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ enum LayerField {
   kTransposed,
   kWinograd,
   kPairs,
+  kWinogradTransposed,
   kLayerFields
 };
 
