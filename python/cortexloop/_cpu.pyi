@@ -1,8 +1,9 @@
 """The compiled CPU kernels: integers in, memory written. Call them through `cortexloop._native`, which checks pointers.
 
 Common arguments: images (address; dtype 0 = uint8 RGB 0..255, 1 = float32 recentred; layout 0 = NHWC, 1 = NCHW; batch,
-height, width), packed weights (address of float32, length), table (address of int64, models, columns) and pairs (address
-of int64 [batch], 0 = every image with every model). All functions release the GIL and raise ValueError or RuntimeError.
+height, width), packed weights (address of float32, length), table (address of int64, models, columns) and pairs
+(address of int64 [batch], 0 = every image with every model). Everything that computes releases the GIL; errors are
+ValueError, or MemoryError.
 """
 
 def isas() -> list[str]: ...

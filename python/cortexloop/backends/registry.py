@@ -35,11 +35,12 @@ class BackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class BankShape:
-    """What a table says, hashable. `table`: its bytes (empty if it is not in host memory)."""
+    """What a table says, hashable. `height`, `width`: input size. `table`: its bytes (empty if not in host memory)."""
 
     models: int
     columns: int
-    max_channels: int
+    height: int
+    width: int
     table: bytes
 
 
@@ -146,18 +147,19 @@ def bank_shape(table: Tensor) -> BankShape:
         known = _shapes.get(table)
     if known is not None:
         return known
-    first, width = len(ModelField), len(LayerField)
+    first, each = len(ModelField), len(LayerField)
     if table.dtype != torch.int64:
         raise TypeError(f"table should be torch.int64, got {table.dtype}")
-    if table.ndim != 2 or table.shape[0] < 1 or (table.shape[1] - first) % width or table.shape[1] <= first:
-        raise ValueError(f"table should be [N, {first} + {width} * layers] with N >= 1, got {list(table.shape)}")
+    if table.ndim != 2 or table.shape[0] < 1 or (table.shape[1] - first) % each or table.shape[1] <= first:
+        raise ValueError(f"table should be [N, {first} + {each} * layers] with N >= 1, got {list(table.shape)}")
     if not table.is_contiguous():
         raise ValueError(f"table should be contiguous, got strides {list(table.stride())}")
     host = table.detach().cpu()
     shape = BankShape(
         models=table.shape[0],
         columns=table.shape[1],
-        max_channels=int(host[:, first + LayerField.OUT_CHANNELS :: width].max()),
+        height=int(host[0, ModelField.HEIGHT]),
+        width=int(host[0, ModelField.WIDTH]),
         table=host.numpy().tobytes() if table.device.type == "cpu" else b"",
     )
     with _shapes_lock:

@@ -18,7 +18,6 @@ from torch import Tensor
 from cortexloop.backends.reference.bank import BACKEND as REFERENCE
 from cortexloop.backends.registry import Backend, Problem, bank_shape, select
 from cortexloop.ops._library import define_op
-from cortexloop.packing import ModelField
 
 
 def problem(
@@ -62,8 +61,7 @@ def _select(
     if weights.dtype != torch.float32 or weights.ndim != 1:
         raise TypeError(f"weights should be torch.float32 [n], got {weights.dtype} {list(weights.shape)}")
     bank = bank_shape(table)
-    first = int(table[0, ModelField.HEIGHT]), int(table[0, ModelField.WIDTH])
-    expected = (*first, 3) if layout == "NHWC" else (3, *first)
+    expected = (bank.height, bank.width, 3) if layout == "NHWC" else (3, bank.height, bank.width)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise ValueError(f"images should be [B, {', '.join(map(str, expected))}] ({layout}), got {list(images.shape)}")
     for name, tensor in (("images", images), ("weights", weights), ("table", table), ("pairs", pairs)):

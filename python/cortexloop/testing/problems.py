@@ -20,10 +20,11 @@ EXACT_LIMIT = float(2**24)
 """float32 holds every integer up to this: sums below it, in units of their common fraction, have no rounding."""
 
 # Layer 0 with kernel 5 and stride 1 may run by Winograd F(4, 5) over these points and infinity. Weights that are
-# multiples of 360 transform to integers; transformed images are multiples of 1/4, output factors of 1/8.
+# multiples of 360 transform to integers (multiples of 16 at +-1/2), transformed images are multiples of 1/4 (1/2 at
+# +-1/2), and output factors are integers but for 1/2, 1/4, 1/8 at +-1/2: everything is a multiple of 1/4.
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 _WINOGRAD_STEP = 360.0
-_WINOGRAD_UNIT = 1 / 8
+_WINOGRAD_UNIT = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,27 @@ def _exact_model(rng: np.random.Generator, name: str, shape: ModelShape, height:
     return CompactWeights(name, tuple(layers), readout, float(rng.integers(-5, 6)), height, width, INTEGER_MEAN)
 
 
-def _winograd_bound(kernel: NDArray[np.float64], largest: float) -> float:
-    """The largest sum of absolute values inside a Winograd first layer, in units of its common fraction."""
-    rows = []  # absolute row sums of the image transform
+def _winograd_bound(kernel: NDArray[np.float64], x: Tensor) -> float:
+    """The largest sum of absolute values inside a first layer by Winograd, in units of its common fraction.
+
+    kernel: [5, 5, C, O]; x: padded input [B, C, H, W]. Tiles of every alignment are counted, so any tiling is covered.
+    """
+    b = np.zeros((8, 8))  # image transform: coefficients of the interpolation polynomials
     g = np.zeros((8, 5))
     for p, a in enumerate(_POINTS):
-        others = [b for b in _POINTS if b != a]
-        rows.append(float(np.abs(np.poly(others)).sum()))
-        g[p] = [a**j / np.prod([a - b for b in others]) for j in range(5)]
-    rows.append(float(np.abs(np.poly(_POINTS)).sum()))
+        others = [q for q in _POINTS if q != a]
+        b[p, :7] = np.poly(others)[::-1]
+        g[p] = [a**j / np.prod([a - q for q in others]) for j in range(5)]
+    b[7] = np.poly(_POINTS)[::-1]
     g[7, 4] = 1
-    transformed = np.abs(np.einsum("pj,ijco->pico", g, kernel)).sum(axis=(1, 2))  # [8, O]
-    products = transformed * (np.array(rows) * largest)[:, None]
-    a_abs = np.array([[abs(a) ** i for a in _POINTS] + [float(i == 3)] for i in range(4)])
-    return float(max(products.max(), (a_abs @ products).max()) / _WINOGRAD_UNIT)
+    a_abs = [[abs(a) ** i for a in _POINTS] + [float(i == 3)] for i in range(4)]
+    transformed = torch.from_numpy(np.abs(np.einsum("pj,ijco->poci", g, kernel)))  # [8, O, C, 5]
+    rows = F.pad(x.abs(), (7, 7, 0, 0)).flatten(0, 1)[:, None]  # [B * C, 1, H, W + 14]
+    points = F.conv2d(rows, torch.from_numpy(np.abs(b))[:, None, None, :]).transpose(0, 1)  # [8, B * C, H, W + 7]
+    points = points.reshape(8, *x.shape[:3], -1)
+    products = torch.stack([F.conv2d(points[p], transformed[p][..., None]) for p in range(8)])
+    outputs = torch.einsum("ip,p...->i...", torch.tensor(a_abs, dtype=torch.float64), products)
+    return float(torch.maximum(products.max(), outputs.max())) / _WINOGRAD_UNIT
 
 
 def _check_exact(model: CompactWeights, images: Tensor, cotangent: Tensor) -> bool:
@@ -134,7 +142,7 @@ def _check_exact(model: CompactWeights, images: Tensor, cotangent: Tensor) -> bo
             spatial = torch.from_numpy(mixing).permute(3, 2, 0, 1)
             pointwise = None
             if k == 5 and stride == 1:
-                bound = _winograd_bound(mixing, float(x.abs().max()))
+                bound = _winograd_bound(mixing, padded)
                 assert bound < EXACT_LIMIT, f"{model.name}: the transformed first layer reaches {bound:.3g} units"
                 unit = 8.0  # 360 = 8 * 45: the power of two in every output of this layer
             y = F.conv2d(padded, spatial, stride=stride)
@@ -163,6 +171,10 @@ def _check_exact(model: CompactWeights, images: Tensor, cotangent: Tensor) -> bo
             grad = torch.einsum("bohw,oc->bchw", grad, pointwise[:, :, 0, 0].abs())
         h, w = sizes[index]
         k, stride = layer.kernel_size, layer.stride
+        if index == 0 and k == 5 and stride == 1:
+            flipped = fold(layer)[0][::-1, ::-1].transpose(0, 1, 3, 2)
+            bound = _winograd_bound(flipped, F.pad(grad, (2, 2, 2, 2)))
+            assert bound < EXACT_LIMIT, f"{model.name}: the transformed gradient reaches {bound:.3g} units"
         extra = [
             s + sum(same_padding(s, k, stride)[1:]) - ((g - 1) * stride + k)
             for s, g in zip((h, w), grad.shape[2:], strict=True)
