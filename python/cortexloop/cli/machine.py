@@ -11,7 +11,7 @@ from typing import Any
 
 import cortexloop as cl
 
-REQUIRED = ("numpy", "torch", "safetensors", "h5py", "pillow", "typer", "rich")
+REQUIRED = ("numpy", "torch", "safetensors", "pillow", "matplotlib", "jinja2", "typer", "rich")
 
 OPTIONAL = {
     "pyarrow": 'writing .parquet tables: pip install "cortexloop[parquet]"',
