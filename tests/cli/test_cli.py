@@ -507,14 +507,36 @@ def test_demo_bad_input(tmp_path, models, folder, case):
 
 
 @needs_data
-def test_demo_reproduces_the_published_correlation(tmp_path):
-    """Two published models on their session's held-out images; the expected r come from the reference predictions."""
+def test_demo_correlates_published_models_with_their_recording(tmp_path):
+    """The published session on the 16 images whose float64 predictions are in the pack."""
+    with np.load(DATA / "reference_predictions.npz") as pack:
+        rows = np.flatnonzero(pack["image_source"][:, 0] == 190923)
+        numbers = pack["image_source"][rows, 1]
+        predictions = pack["predictions/190923"][:2, rows]
+        images = pack["images_uint8"][rows]
+    with np.load(DATA / "responses.npz") as pack:
+        recorded = pack["repeat_averaged/190923"][:2, numbers - 1]
+    folder = tmp_path / "images_190923"
+    folder.mkdir()
+    for number, image in zip(numbers, images, strict=True):
+        Image.fromarray(image).save(folder / f"image{number:04d}.png")
     code, out, err = cortexloop(
-        "demo", "--models", DATA / "compact_models.npz", "--images", DATA / "images_190923.zip",
-        "--responses", DATA / "responses.npz", "--neurons", "190923/neuron0,190923/neuron1", "--held-out-from", 601,
-        "--steps", 2, "--show", 1, "--out", tmp_path, "--json",
+        "demo", "--models", DATA / "compact_models.npz", "--images", folder, "--responses", DATA / "responses.npz",
+        "--neurons", "*/neuron0,*/neuron1", "--steps", 2, "--show", 1, "--out", tmp_path / "d", "--json",
     )  # fmt: skip
     assert code == 0, err
-    recording = json.loads(out)["recording"]
-    assert recording["name"] == "190923"
-    assert all(0.35 < r < 0.84 for r in recording["r"].values())  # the published range of this session
+    document = json.loads(out)
+    assert document["models"] == 2  # those of the other session are left out
+    assert document["recording"]["name"] == "190923"
+    expected = [np.corrcoef(predictions[n], recorded[n])[0, 1] for n in range(2)]
+    found = [document["recording"]["r"][f"190923/neuron{n}"] for n in range(2)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_demo_of_the_reference_backend_does_less(tmp_path):
+    code, out, err = cortexloop(
+        "demo", "--out", tmp_path, "--neurons", "dot_small", "--backend", "reference", "--count", "8", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["machine"]["backend"] == "reference"
+    assert "50 steps of gradient ascent" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -232,7 +232,7 @@ def test_one_bad_picture_is_named_or_skipped_and_listed(tmp_path, kind):
 def test_truncated_jpeg(tmp_path, cut):
     data = encoded(pixels(1, 64, 64)[0], "JPEG")
     (tmp_path / "a.jpg").write_bytes(data[:cut])
-    with pytest.raises(ImageError, match="'a.jpg': (cannot be decoded|is not a picture)"):
+    with pytest.raises(ImageError, match=r"'a.jpg': (cannot be decoded|is not a picture)"):
         open_images(tmp_path / "a.jpg", size=(64, 64)).batches(1).__next__()
 
 

@@ -24,9 +24,21 @@ from cortexloop.cli.recordings import Agreement, compare, load_recording, of_rec
 
 PREFERRED = 5
 RADII = np.array([0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 24, 28])
-MAP_STRIDE = 4
 BATCH = 32
 LATENCY_RUNS, LATENCY_SECONDS = 300, 4.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to compute where the user does not say."""
+
+    count: int  # procedural images
+    steps: int  # of gradient ascent
+    stride: int  # pixels between the places of dots
+
+
+# Either keeps the demonstration of the textbook neurons well under a minute on two processors.
+EFFORT = {"cpu": Effort(480, 100, 4), "reference": Effort(120, 50, 14)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ class DemoOptions:
     out: Path = Path("cortexloop-demo")
     neurons: tuple[str, ...] = ()
     show: int = 12
-    steps: int = 100
-    count: int = 480
+    steps: int | None = None
+    count: int | None = None
     seed: int = 0
     skip_bad: bool = False
     resize: bool = False
@@ -113,6 +125,7 @@ class Findings:
     """The whole result of a demonstration."""
 
     options: DemoOptions
+    effort: Effort
     bank: cl.ModelBank
     left_out: int
     scores: Scores
@@ -140,7 +153,9 @@ def demo(options: DemoOptions) -> None:
         recording = load_recording(options.responses, options.recording, options.images)
     bank, left_out = _bank(options, recording)
     verdict = settle_backend(bank, backend=options.backend, precision="exact", batch=BATCH)
-    scores = _score(options, bank)
+    usual = EFFORT[verdict.chosen]
+    effort = Effort(options.count or usual.count, options.steps or usual.steps, usual.stride)
+    scores = _score(options, effort, bank)
     agreement = None
     if recording is not None:
         agreement = compare(
@@ -151,7 +166,7 @@ def demo(options: DemoOptions) -> None:
             total=scores.total,
             held_out_from=options.held_out_from,
         )
-    cards = _cards(options, bank, scores, agreement)
+    cards = _cards(options, effort, bank, scores, agreement)
     latency = _latency(options, bank)
     state = kernels()
     machine = {
@@ -163,7 +178,7 @@ def demo(options: DemoOptions) -> None:
         "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     elapsed = time.perf_counter() - started
-    findings = Findings(options, bank, left_out, scores, agreement, cards, latency, machine, elapsed)
+    findings = Findings(options, effort, bank, left_out, scores, agreement, cards, latency, machine, elapsed)
     report = options.out / "report.html"
     with bad_input():
         options.out.mkdir(parents=True, exist_ok=True)
@@ -173,13 +188,10 @@ def demo(options: DemoOptions) -> None:
 
 
 def _check(options: DemoOptions) -> None:
-    for name, value, least in (
-        ("show", options.show, 1),
-        ("steps", options.steps, 1),
-        ("count", options.count, PREFERRED),
-    ):
-        if value < least:
-            raise BadInputError(f"--{name} should be at least {least}, got {value}")
+    least = (("show", options.show, 1), ("steps", options.steps, 1), ("count", options.count, PREFERRED))
+    for name, value, smallest in least:
+        if value is not None and value < smallest:
+            raise BadInputError(f"--{name} should be at least {smallest}, got {value}")
     if options.seed < 0:
         raise BadInputError(f"--seed should be at least 0, got {options.seed}")
     if options.responses is not None and (options.images is None or options.models is None):
@@ -206,23 +218,23 @@ def _bank(options: DemoOptions, recording: io.Responses | None) -> tuple[cl.Mode
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def _procedural(options: DemoOptions, bank: cl.ModelBank) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
+def _procedural(effort: Effort, seed: int, bank: cl.ModelBank) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
     if (bank.height, bank.width) != (textbook.SIZE, textbook.SIZE):
         raise BadInputError(
             f"procedural images are {textbook.SIZE} x {textbook.SIZE} pixels, "
             f"these models take {bank.height} x {bank.width}: give --images"
         )
-    pixels = textbook.procedural_images(options.count, options.seed)
-    for start in range(0, options.count, BATCH):
+    pixels = textbook.procedural_images(effort.count, seed)
+    for start in range(0, effort.count, BATCH):
         part = pixels[start : start + BATCH]
         yield [f"procedural {start + i + 1}" for i in range(len(part))], part
 
 
-def _score(options: DemoOptions, bank: cl.ModelBank) -> Scores:
+def _score(options: DemoOptions, effort: Effort, bank: cl.ModelBank) -> Scores:
     source: io.ImageSource | None = None
     if options.images is None:
-        batches: Iterator[tuple[list[str], NDArray[np.uint8]]] = _procedural(options, bank)
-        total = options.count
+        batches: Iterator[tuple[list[str], NDArray[np.uint8]]] = _procedural(effort, options.seed, bank)
+        total = effort.count
     else:
         with bad_input():
             source = io.open_images(
@@ -281,13 +293,15 @@ def _shown(options: DemoOptions, bank: cl.ModelBank, agreement: Agreement | None
     return [int(order[i]) for i in chosen]
 
 
-def _cards(options: DemoOptions, bank: cl.ModelBank, scores: Scores, agreement: Agreement | None) -> tuple[Card, ...]:
+def _cards(
+    options: DemoOptions, effort: Effort, bank: cl.ModelBank, scores: Scores, agreement: Agreement | None
+) -> tuple[Card, ...]:
     shown = _shown(options, bank, agreement)
     chosen = bank.select(shown)
-    with progress("synthesizing images", options.steps, quiet=options.json) as bar:
+    with progress("synthesizing images", effort.steps, quiet=options.json) as bar:
         ascent = synthesis.maximize(
             chosen,
-            steps=options.steps,
+            steps=effort.steps,
             seed=options.seed,
             progress=lambda step, responses: bar.advance(),
             backend=options.backend,
@@ -296,7 +310,7 @@ def _cards(options: DemoOptions, bank: cl.ModelBank, scores: Scores, agreement: 
     cards = []
     with progress("tuning to dots", len(shown), quiet=options.json) as bar:
         for i, n in enumerate(shown):
-            dots = _dots(chosen.select([i]), options.backend)
+            dots = _dots(chosen.select([i]), effort.stride, options.backend)
             cards.append(
                 Card(
                     index=n,
@@ -313,12 +327,12 @@ def _cards(options: DemoOptions, bank: cl.ModelBank, scores: Scores, agreement: 
     return tuple(cards)
 
 
-def _dots(bank: cl.ModelBank, backend: str) -> Dots:
+def _dots(bank: cl.ModelBank, stride: int, backend: str) -> Dots:
     curves, maps, places = [], [], []
     for value in (255.0, 0.0):
-        found = synthesis.dot_location_tuning(bank, value=value, stride=MAP_STRIDE, backend=backend)[0]
+        found = synthesis.dot_location_tuning(bank, value=value, stride=stride, backend=backend)[0]
         row, column = np.unravel_index(int(found.argmax()), found.shape)
-        place = np.array([row, column]) * float(MAP_STRIDE) + (MAP_STRIDE - 1) / 2
+        place = np.array([row, column]) * float(stride) + (stride - 1) / 2
         curves.append(synthesis.dot_size_tuning(bank, RADII, places=place, value=value, backend=backend)[0])
         maps.append(found)
         places.append(place)

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cortexloop.cli import charts
-from cortexloop.cli.demo import MAP_STRIDE, RADII, Card, Findings
+from cortexloop.cli.demo import RADII, Card, Findings
 
 DESCRIPTIONS = {
     "edge_0deg": "a straight contour, horizontal",
@@ -61,7 +61,7 @@ def render(findings: Findings) -> str:
         "cards": [_card(findings, card) for card in findings.cards],
         "latency_chart": _latency_chart(findings),
         "agreement": agreement,
-        "map_stride": MAP_STRIDE,
+        "effort": findings.effort,
     }
     if agreement is not None:
         context |= _agreement(findings)
