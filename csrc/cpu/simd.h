@@ -28,7 +28,7 @@
 #define CL_INLINE inline __attribute__((always_inline))
 #define CL_NOINLINE __attribute__((noinline))  // each hot loop gets the registers for itself
 #define CL_RESTRICT __restrict__
-#define CL_UNROLL _Pragma("GCC unroll 16")
+#define CL_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace cortexloop {

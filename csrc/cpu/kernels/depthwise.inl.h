@@ -37,7 +37,7 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
     const float* CL_RESTRICT weights = d.weights + i * K * d.channels_p + v * kLanes;
     vf w[K];
     CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
-    _Pragma("GCC unroll 32") for (int q = 0; q < (P - 1) * S + K; ++q) {
+    CL_UNROLL for (int q = 0; q < (P - 1) * S + K; ++q) {
       vf value = vload(in + q * kLanes);
       if (P > 1) vkeep(value);
       CL_UNROLL for (int j = 0; j < K; ++j) {
