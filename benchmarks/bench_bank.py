@@ -470,8 +470,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas: {', '.join(PARTS)}")
     parser.add_argument("--threads", default="1,2", help="thread counts, separated by commas")
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds for each set of contenders")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds for each set of contenders")
     parser.add_argument("--record", action="store_true", help=f"append rows to {RESULTS.name}/<machine>.csv")
+    parser.add_argument("--busy", action="store_true", help="record although other programs are using the processor")
     parser.add_argument("--reference", action="store_true", help="try the runner out on the reference backend")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
@@ -485,6 +486,11 @@ def main() -> int:
         parser.error(f"no part named {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if options.record and options.reference:
         parser.error("the reference backend is not what the results are about; leave out --record or --reference")
+    if options.record and not options.busy and os.getloadavg()[0] > 0.75:
+        parser.error(
+            f"the load average is {os.getloadavg()[0]:.1f}: on a busy machine engines that spin at barriers look far "
+            "slower than they are; wait until it is below 0.75, or add --busy"
+        )
     start = time.perf_counter()
     failed = []
     for part in parts:
