@@ -7,7 +7,7 @@ from torch import Tensor
 
 FACTOR: dict[tuple[str, torch.dtype], float] = {
     # Seen on the cases of `cases.py`: up to 2.9 (a bank of one image has one output, so the ratio is noisy; Winograd's
-    # first layer costs a bit) and up to 1.0.
+    # first layer costs a bit) and up to 1.4.
     ("bank_forward", torch.float32): 4.0,
     ("bank_input_gradient", torch.float32): 2.0,
 }
