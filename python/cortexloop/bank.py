@@ -23,7 +23,7 @@ class ModelBank:
     """A frozen set of N compact models that take images of one size.
 
     Batch norm is folded in float64, then everything is rounded once to float32 and packed into one buffer; shapes may
-    differ from model to model and nothing is padded to the largest. The raw parameters are kept, so `save` is bit-exact.
+    differ from model to model and nothing is padded to the largest. The raw parameters are kept: `save` is bit-exact.
 
     Attributes:
         names: N unique names; column n of `responses(images, bank)` belongs to `names[n]`.
@@ -121,10 +121,7 @@ class ModelBank:
         """
         if isinstance(which, (str, int, np.integer)):
             which = [which]  # type: ignore[assignment]
-        if isinstance(which, slice):
-            positions = list(range(len(self)))[which]
-        else:
-            positions = self._resolve(which)
+        positions = list(range(len(self)))[which] if isinstance(which, slice) else self._resolve(which)
         if not positions:
             raise ValueError("the selection is empty; a bank needs at least one model")
         bank = ModelBank(self.models[i] for i in positions)
@@ -149,7 +146,8 @@ class ModelBank:
             raise ValueError(f"expected positions (integers), names (strings) or a boolean mask, got {items.dtype}")
         unknown = [str(name) for name in items if str(name) not in self._positions]
         if unknown:
-            raise ValueError(f"no model named {', '.join(map(repr, unknown))} in this bank; names start with {self.names[:3]}")
+            missing = ", ".join(map(repr, unknown))
+            raise ValueError(f"no model named {missing} in this bank; names start with {self.names[:3]}")
         return [self._positions[str(name)] for name in items]
 
     def to(self, device: torch.device | str) -> ModelBank:
@@ -185,6 +183,6 @@ class ModelBank:
     def __repr__(self) -> str:
         filters = sum(sum(m.filters) for m in self.models) / len(self)
         return (
-            f"ModelBank({len(self)} models of {self.height} x {self.width} images, {filters:.0f} filters each on average, "
-            f"{self.weights.numel() * 4 / 2**20:.1f} MiB on {self.device})"
+            f"ModelBank({len(self)} models of {self.height} x {self.width} images, {filters:.0f} filters each on "
+            f"average, {self.weights.numel() * 4 / 2**20:.1f} MiB on {self.device})"
         )

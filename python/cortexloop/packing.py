@@ -1,7 +1,7 @@
 """Folding and packing: from the raw parameters of many models to one float32 buffer and one integer table.
 
-This file is the only place that decides the packed layout; `csrc/include/cortexloop/bank.h` mirrors the field numbers and
-the reference backend reads the same sections back. A leaf: NumPy and `cortexloop.weights` only.
+This file is the only place that decides the packed layout; `csrc/include/cortexloop/bank.h` mirrors the field numbers
+and the reference backend reads the same sections back. A leaf: NumPy and `cortexloop.weights` only.
 
 Buffer sections start at multiples of 16 floats. "Padded" (`p`) channel counts are multiples of 16 with zeros behind the
 real channels, so that every instruction set reads whole vectors and padded channels stay exactly zero.
@@ -12,7 +12,7 @@ real channels, so that every instruction set reads whole vectors and padded chan
     bias          [Op], batch norm folded
     winograd      layer 0 with k = 5 and stride 1: transformed kernel, points in two groups [2, 5, 3, 4, Op]
     transposed    for the gradient; pointwise transposed [O, Cp]; layer 0: the kernel as [O, k, Tp], Tp = k * 3 padded
-    winograd_transposed   for the gradient of a layer 0 with a winograd section, instead of transposed: the kernel flipped
+    winograd_transposed   for the gradient of a layer 0 with a winograd section, not transposed: the kernel flipped
                   along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
     pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
     readout       [H_last, W_last, Op]
