@@ -12,8 +12,8 @@ real channels, so that every instruction set reads whole vectors and padded chan
     bias          [Op], batch norm folded
     winograd      layer 0 with k = 5 and stride 1: transformed kernel, points in two groups [2, 5, 3, 4, Op]
     transposed    for the gradient; pointwise transposed [O, Cp]; layer 0: the kernel as [O, k, Tp], Tp = k * 3 padded
-    winograd_transposed   for the gradient of a layer 0 with a winograd section, not transposed: the kernel flipped
-                  along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
+    winograd_transposed   for the gradient of a layer 0 with a winograd section, in place of `transposed`: the
+                  kernel flipped along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
     pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
     readout       [H_last, W_last, Op]
     readout_bias  [1]
