@@ -1,4 +1,4 @@
-"""`cortexloop` and `python -m cortexloop`; without arguments the latter describes the installation, as `doctor` does."""
+"""`cortexloop` and `python -m cortexloop`; without arguments the latter describes the installation like `doctor`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int, int]:
 class LayerWeights:
     """Convolution, batch normalisation and ReLU of one layer. All arrays are float32 (or float64) and never written.
 
-    The first layer of a model is a full convolution (`kernel`), every other one is separable (`depthwise`, `pointwise`).
+    The first layer of a model is a full convolution (`kernel`), every other is separable (`depthwise`, `pointwise`).
     """
 
     stride: int
