@@ -16,9 +16,9 @@ import torch
 from rich.table import Table
 
 import cortexloop as cl
-from cortexloop.cli.console import BadInputError, print_json, progress, stdout
+from cortexloop.cli.console import BadInputError, print_json, progress, stderr, stdout
 from cortexloop.cli.inputs import load_bank
-from cortexloop.cli.machine import facts
+from cortexloop.cli.machine import facts, load
 from cortexloop.models import CompactModel
 from cortexloop.testing import Case, ModelShape, random_inputs
 
@@ -64,6 +64,13 @@ def bench(models: Path | None, *, seconds: float, json: bool) -> None:
     found = facts()
     fast = bool(found["kernels"]["fast"])
     _check(bank, images, modules, fast)
+    busy = load()
+    if busy is not None and busy > 0.5 and not json:
+        stderr().print(
+            f"[yellow]warning:[/] other programs keep {busy:.1f} processors busy: ratios with several threads "
+            "say little now, measure again when the machine is quiet",
+            soft_wrap=True,
+        )
     before = cl.get_num_threads(), torch.get_num_threads()
     candidates = _candidates(bank, images, modules, sorted({1, before[0]}), fast)
     try:
@@ -71,7 +78,7 @@ def bench(models: Path | None, *, seconds: float, json: bool) -> None:
     finally:
         cl.set_num_threads(before[0])
         torch.set_num_threads(before[1])
-    _report(candidates, len(bank), rounds, found, json=json)
+    _report(candidates, len(bank), rounds, found | {"load": busy}, json=json)
 
 
 def _problem(models: Path | None) -> tuple[cl.ModelBank, torch.Tensor]:

@@ -44,6 +44,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def load() -> float | None:
+    """Processors that were busy on average over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def version_of(package: str) -> str | None:
     """The installed version; None if the package is not installed."""
     try:

@@ -45,6 +45,7 @@ def render(findings: Findings) -> str:
         "options": options,
         "machine": findings.machine,
         "n_models": len(findings.bank),
+        "models_text": f"{len(findings.bank)} model{'' if len(findings.bank) == 1 else 's'}",
         "n_images": len(scores.names),
         "left_out": findings.left_out,
         "skipped": scores.skipped,
