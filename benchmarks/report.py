@@ -125,9 +125,9 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
 
 
 def report(rows: Sequence[Recorded]) -> str:
-    """The text between the markers."""
+    """The text between the markers; nothing where nothing was recorded."""
     if not rows:
-        return "No measurements recorded yet.\n"
+        return ""
     out: list[str] = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
         here = select(rows, machine=machine)
