@@ -102,21 +102,11 @@ inline void d_pointwise_row(Backward& b, int l, int v) {
   const LayerView& layer = b.forward.model->layers[l];
   const Ring& ring = b.rings[l];
   const float* a = b.d_z[l];
-  GemmArgs g;
-  g.a = &a;
-  g.b = &layer.transposed;
-  g.segments = 1;
-  g.depth = layer.out_c;
-  g.lda = layer.out_p;
-  g.ldb = layer.in_p;
-  g.width = layer.out_w;
+  GemmArgs g = plain_product(&a, layer.out_p, &layer.transposed, layer.in_p, layer.out_c, layer.out_w);
   g.vectors = ring.vectors;
   g.out = ring.map_row(v);
   g.out_vector_stride = ring.vector_stride;
   g.out_pixel_stride = kLanes;
-  g.bias = nullptr;
-  g.mask = nullptr;
-  g.mask_stride = 0;
   gemm<ExactProduct>(g);
 }
 
@@ -143,7 +133,7 @@ inline void d_z_row(Backward& b, int l, int y) {
     d_pointwise_row(b, l + 1, b.next[l + 1]);
     ++b.next[l + 1];
   }
-  DepthwiseArgs d;
+  DepthwiseArgs d = {};
   for (int i = 0; i < above.kernel; ++i) {
     const int reach = y + above.pad_top - i;
     const int v = reach / above.stride;
@@ -159,7 +149,6 @@ inline void d_z_row(Backward& b, int l, int y) {
   d.width = layer.out_w;
   d.offset = above.pad_left;
   d.out = b.d_z[l];
-  d.pairs = false;
   d.mask = mask;
   d.mask_stride = masks.vector_stride;
   depthwise_transposed(d);
@@ -176,21 +165,11 @@ inline void taps_row(Backward& b, int v) {
   }
   const std::int64_t row_floats = static_cast<std::int64_t>(layer.kernel) * b.taps_p;
   const float* a = b.d_z[0];
-  GemmArgs g;
-  g.a = &a;
-  g.b = &layer.transposed;
-  g.segments = 1;
-  g.depth = layer.out_c;
-  g.lda = layer.out_p;
-  g.ldb = row_floats;
-  g.width = layer.out_w;
+  GemmArgs g = plain_product(&a, layer.out_p, &layer.transposed, row_floats, layer.out_c, layer.out_w);
   g.vectors = static_cast<std::int32_t>(row_floats / kLanes);
   g.out = b.taps + (v % layer.kernel) * layer.out_w * row_floats;
   g.out_vector_stride = kLanes;
   g.out_pixel_stride = row_floats;
-  g.bias = nullptr;
-  g.mask = nullptr;
-  g.mask_stride = 0;
   gemm<ExactProduct>(g);
 }
 

@@ -110,6 +110,18 @@ inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks
   f.depthwise_row = arena.floats(depthwise_floats);
 }
 
+// The product's result is row y of layer l: bias, ReLU, ring and masks.
+inline void to_ring(const Forward& f, int l, int y, GemmArgs& g) {
+  const Ring& ring = f.rings[l];
+  g.vectors = ring.vectors;
+  g.out = ring.map_row(y);
+  g.out_vector_stride = ring.vector_stride;
+  g.out_pixel_stride = kLanes;
+  g.bias = f.model->layers[l].bias;
+  g.mask = f.masks[l].row(y);
+  g.mask_stride = f.masks[l].vector_stride;
+}
+
 inline void first_layer_row(const Forward& f, int y) {
   const LayerView& layer = f.model->layers[0];
   const Ring& ring = f.rings[0];
@@ -137,30 +149,16 @@ inline void first_layer_row(const Forward& f, int y) {
     a[i] = f.image->rows + image_row * f.image->row_stride + (kImageMargin - layer.pad_left) * 3;
     b[i] = layer.spatial + static_cast<std::int64_t>(i) * layer.kernel * 3 * layer.out_p;
   }
-  GemmArgs g;
-  g.a = a;
-  g.b = b;
+  GemmArgs g = plain_product(a, layer.stride * 3, b, layer.out_p, layer.kernel * 3, layer.out_w);
   g.segments = layer.kernel;
-  g.depth = layer.kernel * 3;
-  g.lda = layer.stride * 3;
-  g.ldb = layer.out_p;
-  g.width = layer.out_w;
-  g.vectors = ring.vectors;
-  g.out = ring.map_row(y);
-  g.out_vector_stride = ring.vector_stride;
-  g.out_pixel_stride = kLanes;
-  g.bias = layer.bias;
-  g.mask = masks.row(y);
-  g.mask_stride = masks.vector_stride;
+  to_ring(f, 0, y, g);
   gemm<ExactProduct>(g);
 }
 
 inline void separable_row(const Forward& f, int l, int y) {
   const LayerView& layer = f.model->layers[l];
   const Ring& below = f.rings[l - 1];
-  const Ring& ring = f.rings[l];
-  const Masks& masks = f.masks[l];
-  DepthwiseArgs d;
+  DepthwiseArgs d = {};
   for (int i = 0; i < layer.kernel; ++i) {
     const int r = y * layer.stride - layer.pad_top + i;
     d.rows[i] = r < 0 || r >= layer.in_h ? nullptr : below.row(r);
@@ -177,21 +175,8 @@ inline void separable_row(const Forward& f, int l, int y) {
   depthwise(d);
 
   const float* a = f.depthwise_row;
-  GemmArgs g;
-  g.a = &a;
-  g.b = &layer.pointwise;
-  g.segments = 1;
-  g.depth = layer.in_c;
-  g.lda = layer.in_p;
-  g.ldb = layer.out_p;
-  g.width = layer.out_w;
-  g.vectors = ring.vectors;
-  g.out = ring.map_row(y);
-  g.out_vector_stride = ring.vector_stride;
-  g.out_pixel_stride = kLanes;
-  g.bias = layer.bias;
-  g.mask = masks.row(y);
-  g.mask_stride = masks.vector_stride;
+  GemmArgs g = plain_product(&a, layer.in_p, &layer.pointwise, layer.out_p, layer.in_c, layer.out_w);
+  to_ring(f, l, y, g);
 #if defined(CORTEXLOOP_ISA_BF16)
   if (f.fast) {
     g.b = &layer.pairs;

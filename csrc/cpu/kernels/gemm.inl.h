@@ -37,6 +37,20 @@ struct GemmArgs {
   std::int64_t mask_stride;
 };
 
+// A plain product of one segment; the caller adds bias and mask, or more segments, where it wants them.
+inline GemmArgs plain_product(const float* const* a, std::int64_t lda, const float* const* b, std::int64_t ldb,
+                              std::int32_t depth, std::int32_t width) {
+  GemmArgs g = {};
+  g.a = a;
+  g.lda = lda;
+  g.b = b;
+  g.ldb = ldb;
+  g.segments = 1;
+  g.depth = depth;
+  g.width = width;
+  return g;
+}
+
 template <class Product, int P, int N>
 CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
   vf acc[P][N];

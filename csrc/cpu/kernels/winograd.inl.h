@@ -208,21 +208,11 @@ inline void winograd_gradient_row(const WinogradGradientArgs& w) {
   for (int p = 0; p < kPoints; ++p) {
     const float* a = w.transformed + static_cast<std::int64_t>(p) * w.tiles * w.channels_p;
     const float* b = w.weights + static_cast<std::int64_t>(p) * w.channels * kRowColours;
-    GemmArgs g;
-    g.a = &a;
-    g.b = &b;
-    g.segments = 1;
-    g.depth = w.channels;
-    g.lda = w.channels_p;
-    g.ldb = kRowColours;
-    g.width = w.tiles;
+    GemmArgs g = plain_product(&a, w.channels_p, &b, kRowColours, w.channels, w.tiles);
     g.vectors = kRowColours / kLanes;
     g.out = w.products + static_cast<std::int64_t>(p) * w.tiles * kRowColours;
     g.out_vector_stride = kLanes;
     g.out_pixel_stride = kRowColours;
-    g.bias = nullptr;
-    g.mask = nullptr;
-    g.mask_stride = 0;
     gemm<ExactProduct>(g);
   }
   winograd_gradient_output(w);
