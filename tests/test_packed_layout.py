@@ -77,6 +77,13 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
                 even = np.zeros((c + c % 2, padded(o)), np.float32)
                 even[:c, :o] = mixing
                 assert np.array_equal(pairs.transpose(0, 2, 1).reshape(even.shape), to_bfloat16_bits(even))
+                assert (fields[f.PIXEL_PAIRS] >= 0) == (layer.stride == 2)
+                if layer.stride == 2:
+                    slots = section(f.PIXEL_PAIRS, k, (k + 1) // 2, padded(c)).view(np.uint16)
+                    taps = slots.reshape(k, -1, padded(c), 2).swapaxes(2, 3).reshape(k, k + 1, padded(c))[..., :c]
+                    odd = fields[f.PAD_LEFT] % 2  # then the first pair starts one column before the first tap
+                    assert np.array_equal(taps[:, odd : odd + k], to_bfloat16_bits(layer.depthwise))
+                    assert not taps[:, 0 if odd else k].any()
         h, w = model.map_sizes()[-1]
         channels = model.filters[-1]
         start = row[ModelField.READOUT]

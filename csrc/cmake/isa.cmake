@@ -16,8 +16,8 @@ else()
   set(isa_flags_avx2 -mavx2 -mfma)
   set(isa_flags_avx512 -mavx2 -mfma -mavx512f -mavx512vl -mavx512dq -mavx512bw -mprefer-vector-width=512)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    # GCC's own AVX-512 header sets off this warning (GCC bug 105593).
-    list(APPEND isa_flags_avx512 -Wno-maybe-uninitialized)
+    # GCC's own AVX-512 header sets off these warnings (GCC bug 105593).
+    list(APPEND isa_flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
   endif()
   set(isa_flags_avx512_bf16 ${isa_flags_avx512} -mavx512vnni -mavx512bf16)
 endif()

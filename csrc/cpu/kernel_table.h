@@ -21,6 +21,7 @@ struct LayerView {
   const float* winograd;             // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
   const float* winograd_transposed;  // beside winograd: [8, out_c, 16]
   const float* pairs;  // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
+  const float* pixel_pairs;  // stride 2: depthwise in bfloat16, two pixels to a slot: [k, (k + 1) / 2, in_p]; else null
 };
 
 struct ModelView {

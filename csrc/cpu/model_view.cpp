@@ -87,6 +87,7 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
     layer.winograd = nullptr;
     layer.winograd_transposed = nullptr;
     layer.pairs = nullptr;
+    layer.pixel_pairs = nullptr;
     if (l == 0) {
       layer.spatial = sections.at(f[kSpatial], k * k * 3 * out_p);
       if (f[kWinograd] < 0) {
@@ -101,6 +102,7 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
       layer.pointwise = sections.at(f[kPointwise], channels * out_p);
       layer.transposed = sections.at(f[kTransposed], out_c * in_p);
       layer.pairs = sections.at(f[kPairs], (channels + 1) / 2 * out_p);
+      if (stride == 2) layer.pixel_pairs = sections.at(f[kPixelPairs], k * ((k + 1) / 2) * in_p);
     }
     if (!sections.ok)
       return sentence("a section of layer %lld of model %lld lies outside the packed weights", l, model);

@@ -179,6 +179,12 @@ CL_INLINE vf vwhere(std::uint16_t bits, vf x) {
 CL_INLINE vf vdot_pairs(vf a, vf b, vf c) {
   return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
+// Lane by lane (a, b) rounded to bfloat16, a in the low half of the slot.
+CL_INLINE vf vpair(vf a, vf b) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+}
 // 16 floats rounded to bfloat16 into 8 float slots.
 CL_INLINE void vstore_pairs(float* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

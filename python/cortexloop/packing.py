@@ -15,6 +15,8 @@ real channels, so that every instruction set reads whole vectors and padded chan
     winograd_transposed   for the gradient of a layer 0 with a winograd section, in place of `transposed`: the
                   kernel flipped along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
     pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
+    pixel_pairs   depthwise kernel of a stride-2 layer in bfloat16, pixel pairs interleaved: [k, (k + 1) / 2, Cp, 2]; the
+                  first pair starts at the even map column at or before the first tap of an output pixel
     readout       [H_last, W_last, Op]
     readout_bias  [1]
 """
@@ -61,6 +63,7 @@ class LayerField(IntEnum):
     WINOGRAD = 12
     PAIRS = 13
     WINOGRAD_TRANSPOSED = 14
+    PIXEL_PAIRS = 15
 
 
 def padded(channels: int) -> int:
@@ -107,6 +110,12 @@ def to_bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def _bfloat16_pairs(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[..., 2 n, C] rounded to bfloat16, neighbours along the last but one axis interleaved: [..., n, C] float slots."""
+    bits = to_bfloat16_bits(x.astype(np.float32)).reshape(*x.shape[:-2], -1, 2, x.shape[-1])
+    return np.ascontiguousarray(bits.swapaxes(-1, -2)).view(np.float32)[..., 0]
+
+
 class _Buffer:
     """Sections appended one after the other, each at a multiple of LANES floats."""
 
@@ -151,6 +160,7 @@ def _pack_layer(buffer: _Buffer, layer: LayerWeights, height: int, width: int) -
         f.TRANSPOSED: -1,
         f.WINOGRAD: -1,
         f.WINOGRAD_TRANSPOSED: -1,
+        f.PIXEL_PAIRS: -1,
         f.PAIRS: -1,
     }
     if layer.kernel is not None:
@@ -170,8 +180,12 @@ def _pack_layer(buffer: _Buffer, layer: LayerWeights, height: int, width: int) -
         fields[f.POINTWISE] = buffer.add(_pad_last(mixing))
         fields[f.TRANSPOSED] = buffer.add(_pad_last(mixing.T))
         even = np.pad(_pad_last(mixing), ((0, c % 2), (0, 0)))
-        pairs = to_bfloat16_bits(even.astype(np.float32)).reshape(-1, 2, padded(o)).transpose(0, 2, 1)
-        fields[f.PAIRS] = buffer.add(np.ascontiguousarray(pairs).view(np.float32))
+        fields[f.PAIRS] = buffer.add(_bfloat16_pairs(even[None]))
+        if stride == 2:
+            columns = _pad_last(layer.depthwise.astype(np.float64))
+            before = pad_left % 2
+            taps = np.pad(columns, ((0, 0), (before, 1 - before), (0, 0)))
+            fields[f.PIXEL_PAIRS] = buffer.add(_bfloat16_pairs(taps))
         macs = out_h * out_w * c * (k * k + o)
     return fields, macs
 

@@ -124,5 +124,5 @@ def test_use_backend_governs_auto_and_nests(small_bank: cl.ModelBank) -> None:
 def test_a_table_is_checked() -> None:
     with pytest.raises(TypeError, match=r"table should be torch.int64"):
         ops.bank_shape(torch.zeros(2, 20))
-    with pytest.raises(ValueError, match=r"table should be \[N, 6 \+ 15 \* layers\]"):
+    with pytest.raises(ValueError, match=r"table should be \[N, 6 \+ 16 \* layers\]"):
         ops.bank_shape(torch.zeros(2, 20, dtype=torch.int64))

@@ -70,6 +70,8 @@ inline void zero_first_layer(const Backward& b) {
 }
 
 inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {
+  b.forward.fast = false;
+  b.forward.pixel_pairs = false;
   forward_layout(arena, model, true, b.forward);
   for (int l = 0; l < model.depth; ++l) {
     const LayerView& layer = model.layers[l];
@@ -83,7 +85,8 @@ inline void backward_layout(Arena& arena, const ModelView& model, Backward& b) {
     const int columns = left + (layer.pad_left + layer.in_w - 1 + kTransposedPixels) / layer.stride + 1;
     const int needed = left + layer.out_w;
     const int slots = (layer.kernel - 1) / layer.stride + 1;
-    b.rings[l] = make_ring(arena, slots, vectors_of(layer.in_p), left, columns > needed ? columns : needed);
+    b.rings[l] =
+        make_ring(arena, slots, vectors_of(layer.in_p), left, columns > needed ? columns : needed, layer.out_w);
   }
 }
 
@@ -250,13 +253,12 @@ inline float bank_gradient(const ModelView& model, const PreparedImage& image, f
   Backward b;
   b.forward.model = &model;
   b.forward.image = &image;
-  b.forward.fast = false;
   b.cotangent = cotangent;
   backward_layout(arena, model, b);
   const float response = forward_pass(b.forward);
 
   const LayerView& first = model.layers[0];
-  for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l], model.layers[l].out_w);
+  for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l]);
   zero_first_layer(b);
   for (int y = 0; y < first.in_h; ++y) {
     const int last = last_reaching(first, y);

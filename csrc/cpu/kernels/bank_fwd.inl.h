@@ -35,30 +35,31 @@ struct Arena {
 // Rows of one map, [slot][vector of channels][column][kLanes], with columns of zeros around the map.
 struct Ring {
   float* data;
-  std::int32_t slots, vectors, columns, left;
+  std::int32_t slots, vectors, columns, left, map;  // `map` columns of the map follow `left` zero columns
   std::int64_t vector_stride, slot_stride;
   float* row(int y) const { return data + (y % slots) * slot_stride; }  // column 0 of the zero margin
   float* map_row(int y) const { return row(y) + left * kLanes; }        // column 0 of the map
 };
 
-inline Ring make_ring(Arena& arena, int slots, int vectors, int left, int columns) {
+inline Ring make_ring(Arena& arena, int slots, int vectors, int left, int columns, int map) {
   Ring r;
   r.slots = slots;
   r.vectors = vectors;
   r.columns = columns;
   r.left = left;
+  r.map = map;
   r.vector_stride = static_cast<std::int64_t>(columns) * kLanes;
   r.slot_stride = r.vector_stride * vectors;
   r.data = arena.floats(r.slot_stride * slots);
   return r;
 }
 
-inline void zero_margins(const Ring& r, int width) {
+inline void zero_margins(const Ring& r) {
   for (int slot = 0; slot < r.slots; ++slot) {
     for (int v = 0; v < r.vectors; ++v) {
       float* row = r.data + slot * r.slot_stride + v * r.vector_stride;
       for (int x = 0; x < r.left; ++x) vstore(row + x * kLanes, vzero());
-      for (int x = r.left + width; x < r.columns; ++x) vstore(row + x * kLanes, vzero());
+      for (int x = r.left + r.map; x < r.columns; ++x) vstore(row + x * kLanes, vzero());
     }
   }
 }
@@ -76,24 +77,34 @@ struct Forward {
   const ModelView* model;
   const PreparedImage* image;
   bool fast;
+  bool pixel_pairs;              // the first ring holds two pixels in bfloat16 to a slot
   Ring rings[kMaxDepth];         // output of each layer; the last one's holds a single row
   Masks masks[kMaxDepth];        // null bits when only the response is wanted
   std::int32_t next[kMaxDepth];  // rows of each layer computed so far
   float* depthwise_row;          // [out_w, in_p] of the layer at work
 };
 
+// Fast mode: a Winograd first layer under a stride-2 layer leaves its rows as pairs of pixels in bfloat16, which halves the
+// traffic of the largest map and the products of the next depthwise convolution.
+inline bool pixel_pairs(const ModelView& model, bool fast) {
+  return fast && model.depth > 1 && model.layers[0].winograd != nullptr && model.layers[1].stride == 2;
+}
+
 inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks, Forward& f) {
   std::int64_t depthwise_floats = 0;
   for (int l = 0; l < model.depth; ++l) {
     const LayerView& layer = model.layers[l];
     const int vectors = vectors_of(layer.out_p);
-    if (l + 1 < model.depth) {
-      const LayerView& above = model.layers[l + 1];
-      const int reach = (above.out_w - 1) * above.stride + above.kernel;
-      const int columns = reach > above.pad_left + layer.out_w ? reach : above.pad_left + layer.out_w;
-      f.rings[l] = make_ring(arena, above.kernel, vectors, above.pad_left, columns);
+    if (l + 1 == model.depth) {
+      f.rings[l] = make_ring(arena, 1, vectors, 0, layer.out_w, layer.out_w);
     } else {
-      f.rings[l] = make_ring(arena, 1, vectors, 0, layer.out_w);
+      const LayerView& above = model.layers[l + 1];
+      const bool pairs = l == 0 && f.pixel_pairs;
+      const int left = pairs ? (above.pad_left + 1) / 2 : above.pad_left;
+      const int map = pairs ? (layer.out_w + 1) / 2 : layer.out_w;
+      const int reach =
+          pairs ? above.out_w - 1 + (above.kernel + 1) / 2 : (above.out_w - 1) * above.stride + above.kernel;
+      f.rings[l] = make_ring(arena, above.kernel, vectors, left, reach > left + map ? reach : left + map, map);
     }
     f.next[l] = 0;
     Masks& m = f.masks[l];
@@ -137,6 +148,7 @@ inline void first_layer_row(const Forward& f, int y) {
     w.vectors = ring.vectors;
     w.out = ring.map_row(y);
     w.out_vector_stride = ring.vector_stride;
+    w.pairs = f.pixel_pairs;
     w.mask = masks.row(y);
     w.mask_stride = masks.vector_stride;
     winograd_row(w);
@@ -172,7 +184,16 @@ inline void separable_row(const Forward& f, int l, int y) {
   d.width = layer.out_w;
   d.out = f.depthwise_row;
   d.pairs = f.fast;
+#if defined(CORTEXLOOP_ISA_BF16)
+  if (l == 1 && f.pixel_pairs) {
+    d.weights = layer.pixel_pairs;
+    depthwise_pairs(d);
+  } else {
+    depthwise(d);
+  }
+#else
   depthwise(d);
+#endif
 
   const float* a = f.depthwise_row;
   GemmArgs g = plain_product(&a, layer.in_p, &layer.pointwise, layer.out_p, layer.in_c, layer.out_w);
@@ -207,7 +228,7 @@ inline void produce_row(Forward& f, int l, int y) {
 
 inline float forward_pass(Forward& f) {
   const ModelView& model = *f.model;
-  for (int l = 0; l < model.depth; ++l) zero_margins(f.rings[l], model.layers[l].out_w);
+  for (int l = 0; l < model.depth; ++l) zero_margins(f.rings[l]);
   const LayerView& last = model.layers[model.depth - 1];
   const Ring& ring = f.rings[model.depth - 1];
   vf sums[2] = {vzero(), vzero()};
@@ -228,6 +249,7 @@ inline float forward_pass(Forward& f) {
 inline std::int64_t forward_scratch_bytes(const ModelView& model) {
   Arena arena = {nullptr, 0};
   Forward f;
+  f.pixel_pairs = false;  // the exact layout is the larger one
   forward_layout(arena, model, false, f);
   return arena.used;
 }
@@ -238,6 +260,7 @@ inline float bank_forward(const ModelView& model, const PreparedImage& image, bo
   f.model = &model;
   f.image = &image;
   f.fast = fast;
+  f.pixel_pairs = pixel_pairs(model, fast);
   forward_layout(arena, model, false, f);
   return forward_pass(f);
 }

@@ -58,7 +58,8 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
 }
 
 template <int K, int S>
-CL_NOINLINE void depthwise_row(const DepthwiseArgs& d) {
+CL_NOINLINE void depthwise_row(const DepthwiseArgs& args) {
+  const DepthwiseArgs d = args;  // a copy whose fields no vector store can alias
   constexpr int P = kRegisters >= 32 ? 8 : 4;
   for (int v = 0; v < d.vectors; ++v) {
     if (d.width < P) {
@@ -68,6 +69,54 @@ CL_NOINLINE void depthwise_row(const DepthwiseArgs& d) {
     for (int u = 0; u < d.width; u += P) depthwise_block<K, S, P>(d, u + P <= d.width ? u : d.width - P, v);
   }
 }
+
+#if defined(CORTEXLOOP_ISA_BF16)
+// Fast mode, stride 2, on rows of pixel pairs: rows[i] points to the pair with the first tap of output pixel 0, and
+// out[u] = sum_i sum_m w[i][m] . in_i[u + m] with (k + 1) / 2 pair products per row instead of k.
+template <int M, int P>
+CL_INLINE void depthwise_pairs_block(const DepthwiseArgs& d, int u, int v) {
+  vf acc[P];
+  CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
+  for (int i = 0; i < 2 * M - 1; ++i) {
+    if (d.rows[i] == nullptr) continue;
+    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * kLanes;
+    const float* CL_RESTRICT weights = d.weights + i * M * d.channels_p + v * kLanes;
+    vf w[M];
+    CL_UNROLL for (int m = 0; m < M; ++m) w[m] = vload(weights + m * d.channels_p);
+    CL_UNROLL for (int q = 0; q < P + M - 1; ++q) {
+      vf value = vload(in + q * kLanes);
+      vkeep(value);
+      CL_UNROLL for (int m = 0; m < M; ++m) {
+        if (q >= m && q - m < P) acc[q - m] = vdot_pairs(value, w[m], acc[q - m]);
+      }
+    }
+  }
+  float* slots = d.out + (u * d.channels_p + v * kLanes) / 2;
+  CL_UNROLL for (int p = 0; p < P; ++p) vstore_pairs(slots + p * d.channels_p / 2, acc[p]);
+}
+
+template <int M>
+CL_NOINLINE void depthwise_pairs_row(const DepthwiseArgs& args) {
+  const DepthwiseArgs d = args;  // a copy whose fields no vector store can alias
+  constexpr int P = 8;
+  for (int v = 0; v < d.vectors; ++v) {
+    if (d.width < P) {
+      for (int u = 0; u < d.width; ++u) depthwise_pairs_block<M, 1>(d, u, v);
+      continue;
+    }
+    for (int u = 0; u < d.width; u += P) depthwise_pairs_block<M, P>(d, u + P <= d.width ? u : d.width - P, v);
+  }
+}
+
+inline void depthwise_pairs(const DepthwiseArgs& d) {
+  switch (d.kernel) {
+    case 1: return depthwise_pairs_row<1>(d);
+    case 3: return depthwise_pairs_row<2>(d);
+    case 5: return depthwise_pairs_row<3>(d);
+    default: return depthwise_pairs_row<4>(d);
+  }
+}
+#endif
 
 constexpr int kTransposedPixels = 8;
 
@@ -103,7 +152,8 @@ CL_INLINE void depthwise_transposed_block(const DepthwiseArgs& d, int c0, int v)
 }
 
 template <int K, int S>
-CL_NOINLINE void depthwise_transposed_row(const DepthwiseArgs& d) {
+CL_NOINLINE void depthwise_transposed_row(const DepthwiseArgs& args) {
+  const DepthwiseArgs d = args;  // a copy whose fields no vector store can alias
   for (int v = 0; v < d.vectors; ++v) {
     for (int c0 = d.offset - d.offset % S; c0 < d.offset + d.width; c0 += kTransposedPixels) {
       depthwise_transposed_block<K, S>(d, c0, v);

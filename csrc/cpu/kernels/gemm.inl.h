@@ -89,7 +89,8 @@ CL_INLINE void gemm_block(const GemmArgs& g, int x, int v) {
 
 // All pixels for N vectors: blocks of P, a block of half that, then one block that overlaps its left neighbour.
 template <class Product, int P, int N>
-CL_NOINLINE void gemm_columns(const GemmArgs& g, int v) {
+CL_NOINLINE void gemm_columns(const GemmArgs& args, int v) {
+  const GemmArgs g = args;  // a copy whose fields no vector store can alias
   constexpr int kHalf = P / 2;
   int x = 0;
   for (; x + P <= g.width; x += P) gemm_block<Product, P, N>(g, x, v);

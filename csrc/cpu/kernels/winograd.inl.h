@@ -60,6 +60,7 @@ struct WinogradArgs {
   std::int32_t width, vectors;
   float* out;  // vector v of pixel x at out + v * out_vector_stride + x * kLanes
   std::int64_t out_vector_stride;
+  bool pairs;           // fast mode: two neighbouring pixels in bfloat16 to a slot, pair x at x * kLanes; no mask
   std::uint16_t* mask;  // [vectors, mask_stride] or null
   std::int64_t mask_stride;
 };
@@ -107,9 +108,35 @@ CL_INLINE void winograd_output_second(vf m2, vf m2n, vf m3, vf m3n, vf (&y)[kTil
   y[3] = vfma(vset1(8.0f), difference2, vfma(vset1(0.125f), difference3, y[3]));
 }
 
+// Four activities from pixel x on, without those behind the row's end.
+CL_INLINE void winograd_store(const WinogradArgs& w, int x, int v, const vf (&y)[kTile]) {
+  float* out = w.out + v * w.out_vector_stride;
+  const int inside = w.width - x;
+#if defined(CORTEXLOOP_ISA_BF16)
+  if (w.pairs) {
+    out += x / 2 * kLanes;
+    if (inside > 0) vstore(out, vpair(y[0], inside > 1 ? y[1] : vzero()));
+    if (inside > 2) vstore(out + kLanes, vpair(y[2], inside > 3 ? y[3] : vzero()));
+    return;
+  }
+#endif
+  out += x * kLanes;
+  if (inside >= kTile) {
+    CL_UNROLL for (int i = 0; i < kTile; ++i) vstore(out + i * kLanes, y[i]);
+  } else {
+    for (int i = 0; i < inside; ++i) vstore(out + i * kLanes, y[i]);
+  }
+  if (w.mask == nullptr) return;
+  std::uint16_t* mask = w.mask + v * w.mask_stride + x;
+  CL_UNROLL for (int i = 0; i < kTile; ++i) {
+    if (i < inside) mask[i] = vpositive(y[i]);
+  }
+}
+
 // T tiles x N vectors of channels: 4 T output pixels.
 template <int T, int N>
-CL_NOINLINE void winograd_block(const WinogradArgs& w, int t, int v) {
+CL_NOINLINE void winograd_block(const WinogradArgs& args, int t, int v) {
+  const WinogradArgs w = args;  // a copy whose fields no vector store can alias
   vf acc[4][T][N];
   alignas(64) float partial[T][N][4][kLanes];
   winograd_sum<T, N>(w, 0, t, v, acc);
@@ -125,14 +152,8 @@ CL_NOINLINE void winograd_block(const WinogradArgs& w, int t, int v) {
       vf y[kTile];
       CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vload(partial[k][n][i]);
       winograd_output_second(acc[0][k][n], acc[1][k][n], acc[2][k][n], acc[3][k][n], y);
-      const int x0 = (t + k) * kTile;
-      float* out = w.out + (v + n) * w.out_vector_stride + static_cast<std::int64_t>(x0) * kLanes;
-      CL_UNROLL for (int i = 0; i < kTile; ++i) {
-        if (x0 + i >= w.width) break;
-        const vf activity = vrelu(vadd(y[i], bias));
-        vstore(out + i * kLanes, activity);
-        if (w.mask != nullptr) w.mask[(v + n) * w.mask_stride + x0 + i] = vpositive(activity);
-      }
+      CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vrelu(vadd(y[i], bias));
+      winograd_store(w, (t + k) * kTile, v + n, y);
     }
   }
 }

@@ -30,6 +30,7 @@ enum LayerField {
   kWinograd,
   kPairs,
   kWinogradTransposed,
+  kPixelPairs,
   kLayerFields
 };
 
