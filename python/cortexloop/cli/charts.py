@@ -1,56 +1,67 @@
-"""Small charts as inline SVG. Colours come from the page's style sheet by class, so light and dark themes both fit."""
+"""Small charts as inline SVG, drawn by matplotlib; their colours and font are the page's, so light and dark fit."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 34.0
+if TYPE_CHECKING:  # matplotlib is imported when the first chart is drawn: other commands start without it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 38.0
+"""Around the plotting area, in CSS pixels."""
+
+# Matplotlib draws with these stand-ins; in the finished SVG they become variables of the page's style sheet.
+_COLORS = {name: f"#fe00{i:02x}" for i, name in enumerate(("a", "b", "bar", "ink", "soft", "faint", "grid"))}
+_FONT = "DejaVu Sans"  # comes with matplotlib; only measures the text
+_VARIABLES = {color: f"var(--{name})" for name, color in _COLORS.items()} | {f"'{_FONT}'": "var(--sans)"}
+_STAND_INS = re.compile("|".join(_VARIABLES))
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cortexloop",
+    "path.simplify": False,
+    "font.family": _FONT,
+    "font.size": 11,
+    "text.color": _COLORS["ink"],
+    "axes.axisbelow": True,
+    "axes.labelcolor": _COLORS["soft"],
+    "axes.labelpad": 5,
+    "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
+    "xtick.color": _COLORS["faint"],
+    "ytick.color": _COLORS["faint"],
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "xtick.major.pad": 5,
+    "ytick.major.pad": 6,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "grid.color": _COLORS["grid"],
+    "grid.linewidth": 1,
+    "lines.linewidth": 2,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A curve. `style` is a CSS class: "a", "b" or "quiet"."""
+    """A curve. `style` names the CSS variable of its colour: "a" or "b"."""
 
     x: NDArray[np.floating]
     y: NDArray[np.floating]
     style: str = "a"
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """Maps data to the drawing; `box` is the plotting area (left, top, right, bottom)."""
-
-    x0: float
-    x1: float
-    y0: float
-    y1: float
-    width: float
-    height: float
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.width - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        return self.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (self.height - TOP - BOTTOM)
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high."""
-    span = high - low
-    raw = span / max(about, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def line_chart(
@@ -59,25 +70,28 @@ def line_chart(
     y_label: str,
     *,
     level: tuple[float, str] | None = None,
-    width: float = 300,
-    height: float = 190,
+    width: float = 322,
+    height: float = 200,
 ) -> Markup:
     """Curves; `level` draws a dashed horizontal line with a caption."""
-    ys = np.concatenate([s.y for s in series] + ([np.array([level[0]])] if level else []))
-    xs = np.concatenate([s.x for s in series])
-    axes = _fit(xs, ys, width, height, zero=True)
-    parts = [_frame(axes, x_label, y_label)]
-    if level is not None:
-        y = axes.y(level[0])
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        above = y - 5 if y > TOP + 16 else y + 13
-        parts.append(
-            f'<text class="note" x="{width - RIGHT - 2}" y="{above:.1f}" text-anchor="end">{escape(level[1])}</text>'
-        )
-    for s in series:
-        points = " ".join(f"{axes.x(float(x)):.1f},{axes.y(float(y)):.1f}" for x, y in zip(s.x, s.y, strict=True))
-        parts.append(f'<polyline class="line {s.style}" points="{points}"/>')
-    return _svg(parts, width, height)
+    with _style():
+        figure, axes = _figure(width, height, x_label, y_label)
+        for s in series:
+            axes.plot(s.x, s.y, color=_COLORS[s.style], solid_capstyle="round")
+        low, high = _limits(np.concatenate([s.x for s in series]))
+        axes.set_xlim(low, high)
+        ys = np.concatenate([s.y for s in series] + [np.array([0.0] if level is None else [0.0, level[0]])])
+        bottom, top = _limits(ys, margin=0.06)
+        axes.set_ylim(0.0 if ys.min() == 0 else bottom, top)
+        if level is not None:
+            _mark(axes.axhline, level[0])
+            # Below the line where it would leave the drawing above it.
+            above = level[0] < bottom + 0.85 * (top - bottom)
+            axes.annotate(
+                level[1], (high, level[0]), (0, 4 if above else -4), textcoords="offset points",
+                ha="right", va="bottom" if above else "top",
+            )  # fmt: skip
+        return _svg(figure, axes)
 
 
 def scatter(
@@ -86,8 +100,8 @@ def scatter(
     x_label: str,
     y_label: str,
     *,
-    width: float = 300,
-    height: float = 190,
+    width: float = 322,
+    height: float = 200,
 ) -> Markup:
     """Points; pairs with a NaN are left out. More than 1,500 are thinned evenly."""
     shown = np.isfinite(x) & np.isfinite(y)
@@ -96,9 +110,15 @@ def scatter(
     x, y = x[::step], y[::step]
     if not len(x):
         return Markup("")
-    axes = _fit(x, y, width, height, zero=False)
-    path = "".join(f"M{axes.x(float(a)):.1f} {axes.y(float(b)):.1f}h0" for a, b in zip(x, y, strict=True))
-    return _svg([_frame(axes, x_label, y_label), f'<path class="points" d="{path}"/>'], width, height)
+    with _style():
+        figure, axes = _figure(width, height, x_label, y_label)
+        axes.set_xlim(_limits(x, margin=0.03))
+        axes.set_ylim(_limits(y, margin=0.06))
+        # One path of round-capped strokes without length: a fifth of the size of as many markers.
+        gap = np.full(len(x), np.nan)
+        dots = [np.stack([v, v, gap], 1).ravel() for v in (x, y)]
+        axes.plot(*dots, color=_COLORS["b"], alpha=0.5, linewidth=3.2, solid_capstyle="round")
+        return _svg(figure, axes)
 
 
 def histogram(
@@ -108,29 +128,27 @@ def histogram(
     *,
     bins: int = 24,
     marks: Sequence[tuple[float, str]] = (),
-    width: float = 520,
+    width: float = 514,
     height: float = 210,
 ) -> Markup:
-    """Bars with vertical marks, each with a caption."""
-    values = values[np.isfinite(values)]
-    counts, edges = np.histogram(values, bins=bins)
-    xs = np.concatenate([edges, [mark[0] for mark in marks]])
-    axes = _Axes(float(xs.min()), float(xs.max()), 0.0, 1.12 * float(max(counts.max(), 1)), width, height)
-    if axes.x1 <= axes.x0:
-        axes = _Axes(axes.x0 - 0.5, axes.x1 + 0.5, axes.y0, axes.y1, width, height)
-    parts = [_frame(axes, x_label, y_label)]
-    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-        if count:
-            left, right, top = axes.x(float(low)), axes.x(float(high)), axes.y(float(count))
-            size = f'width="{max(right - left - 1, 0.5):.1f}" height="{axes.y(0) - top:.1f}"'
-            parts.append(f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" {size}/>')
-    for i, (value, caption) in enumerate(marks):
-        x = axes.x(value)
-        anchor, shift = ("end", -5) if x > 0.6 * width else ("start", 5)
-        parts.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        y = TOP + 10 + 14 * i
-        parts.append(f'<text class="note" x="{x + shift:.1f}" y="{y}" text-anchor="{anchor}">{escape(caption)}</text>')
-    return _svg(parts, width, height)
+    """Bars with vertical marks, each with a caption; NaN are left out."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _style():
+        figure, axes = _figure(width, height, x_label, y_label)
+        counts, edges, _ = axes.hist(values[np.isfinite(values)], bins, rwidth=0.94, color=_COLORS["bar"])
+        low, high = _limits(np.concatenate([edges, [value for value, _ in marks]]))
+        axes.set_xlim(low, high)
+        axes.set_ylim(0, 1.12 * max(np.max(counts), 1))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for i, (value, caption) in enumerate(marks):
+            _mark(axes.axvline, value)
+            left = value > low + 0.6 * (high - low)  # where there is more room
+            axes.annotate(
+                caption, (value, 1), (-5 if left else 5, -1 - 14 * i), xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points", ha="right" if left else "left", va="top",
+            )  # fmt: skip
+        return _svg(figure, axes)
 
 
 def heat_map(values: NDArray[np.floating], base: float) -> str:
@@ -159,46 +177,68 @@ def data_uri(image: Image.Image, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _fit(x: NDArray[np.floating], y: NDArray[np.floating], width: float, height: float, *, zero: bool) -> _Axes:
-    x0, x1, y0, y1 = float(x.min()), float(x.max()), float(y.min()), float(y.max())
-    if zero:
-        y0, y1 = min(y0, 0.0), max(y1, 0.0)
-    if x1 <= x0:
-        x0, x1 = x0 - 0.5, x1 + 0.5
-    if y1 <= y0:
-        y0, y1 = y0 - 0.5, y1 + 0.5
-    margin = 0.06 * (y1 - y0)
-    side = 0.0 if zero else 0.03 * (x1 - x0)
-    return _Axes(x0 - side, x1 + side, y0 - (0 if zero and y0 == 0 else margin), y1 + margin, width, height)
+def _style() -> AbstractContextManager[None]:
+    """Matplotlib's own defaults and `_STYLE`, whatever the user's configuration says; restored afterwards."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", _STYLE])
 
 
-def _frame(axes: _Axes, x_label: str, y_label: str) -> str:
-    parts = []
-    right, bottom = axes.width - RIGHT, axes.height - BOTTOM
-    for value in ticks(axes.y0, axes.y1, 4):
-        y = axes.y(value)
-        kind = "zero" if value == 0 else "grid"
-        parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in ticks(axes.x0, axes.x1, 5):
-        x = axes.x(value)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{_number(value)}</text>'
-        )
-    middle = (LEFT + right) / 2
-    parts.append(
-        f'<text class="label" x="{middle}" y="{axes.height - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    y = (TOP + bottom) / 2
-    parts.append(
-        f'<text class="label" transform="translate(10 {y}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-    )
-    return "".join(parts)
+def _figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """A new figure and its plotting area; not pyplot's, so nothing has to be closed."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure((width / 72, height / 72), dpi=72, frameon=False)  # one point is one CSS pixel
+    FigureCanvasSVG(figure)
+    area = (LEFT / width, BOTTOM / height, 1 - (LEFT + RIGHT) / width, 1 - (TOP + BOTTOM) / height)
+    axes = figure.add_axes(area, frameon=False, xlabel=x_label, ylabel=y_label)
+    axes.yaxis.set_label_coords(-(LEFT - 11) / (width - LEFT - RIGHT), 0.5)  # the same place in every chart
+    axes.grid(axis="y")
+    for axis, most in ((axes.xaxis, 6), (axes.yaxis, 5)):
+        axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    return figure, axes
 
 
-def _number(value: float) -> str:
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+def _mark(line: Callable[..., object], value: float) -> None:
+    """A dashed line across the plotting area."""
+    line(value, color=_COLORS["ink"], alpha=0.65, linewidth=1, dashes=(4, 3))
 
 
-def _svg(parts: Sequence[str], width: float, height: float) -> Markup:
-    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>')
+def _limits(values: NDArray[np.floating], margin: float = 0.0) -> tuple[float, float]:
+    """Lowest and highest value and a share of their distance beyond; never the same number twice."""
+    low, high = float(values.min()), float(values.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def _svg(figure: Figure, axes: Axes) -> Markup:
+    """The drawing as an element of an HTML page.
+
+    Paths and texts are all that is drawn here. What a page with many drawings cannot share stays behind: prolog and
+    metadata, style rules for everything, and ids with the clip paths that refer to them (nothing reaches beyond the
+    plotting area).
+    """
+    bottom, top = axes.get_ylim()
+    if bottom <= 0 <= top:
+        axes.axhline(0, color=_COLORS["faint"], linewidth=0.8, zorder=0.9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn = ElementTree.fromstring(buffer.getvalue())
+    svg = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")
+    svg.set("aria-label", f"{axes.get_ylabel()} against {axes.get_xlabel()}")
+    for element in drawn.iter():
+        tag = element.tag.rpartition("}")[2]
+        if tag in ("path", "text"):
+            kept = {key: _shown(key, value) for key, value in element.attrib.items() if key not in ("id", "clip-path")}
+            ElementTree.SubElement(svg, tag, kept).text = element.text
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
+
+
+def _shown(key: str, value: str) -> str:
+    """An attribute as the page needs it: variables for stand-ins, and paths to a hundredth of a pixel on one line."""
+    if key == "d":
+        return " ".join(re.sub(r"(\.\d\d)\d+", r"\1", value).split())
+    return _STAND_INS.sub(lambda found: _VARIABLES[found[0]], value)

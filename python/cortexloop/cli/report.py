@@ -81,7 +81,8 @@ def _card(findings: Findings, card: Card) -> dict[str, Any]:
     steps = np.arange(len(card.trajectory), dtype=float)
     dots = card.dots
     strongest = dots.light if dots.polarity == "light" else dots.dark
-    width = 300.0 if findings.agreement is None else 236.0  # four charts share the row of three
+    # A third or a fourth of a card, as the style sheet lays them out: the text keeps its size.
+    width = 322.0 if findings.agreement is None else 235.5
     size = 100 / findings.bank.height, 100 / findings.bank.width
     found: dict[str, Any] = {
         "name": card.name,
