@@ -539,4 +539,15 @@ def test_demo_of_the_reference_backend_does_less(tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["machine"]["backend"] == "reference"
-    assert "50 steps of gradient ascent" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "40 steps of gradient ascent" in html
+    assert "40 steps of gradient ascent instead of 100, dots 16 pixels apart instead of 4." in html
+    assert "images instead of" not in html  # as many as were asked for
+
+
+def test_demo_of_the_kernels_is_not_called_reduced(tmp_path):
+    if cl.explain("bank_forward").chosen != "cpu":
+        pytest.skip("the C++ kernels are not here")
+    code, _, err = cortexloop("demo", "--out", tmp_path, "--neurons", "dot_small", *QUICK)
+    assert code == 0, err
+    assert "instead of" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -84,11 +84,11 @@ def demo(
     show: Annotated[int, typer.Option("--show", help="How many neurons get a card and a synthesized image.")] = 12,
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--steps", help="Steps of gradient ascent; 100 (50 without the C++ kernels) if not given."),
+        typer.Option("--steps", help="Steps of gradient ascent; 100 (40 without the C++ kernels) if not given."),
     ] = None,
     count: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--count", help="Number of procedural images; 480 (120 without the C++ kernels) if not given."),
+        typer.Option("--count", help="Number of procedural images; 480 (96 without the C++ kernels) if not given."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of procedural images and of the noise to climb from.")] = 0,
     skip_bad: SkipBad = False,

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cortexloop.cli import charts
-from cortexloop.cli.demo import RADII, Card, Findings
+from cortexloop.cli.demo import EFFORT, RADII, Card, Findings
 
 DESCRIPTIONS = {
     "edge_0deg": "a straight contour, horizontal",
@@ -63,10 +63,24 @@ def render(findings: Findings) -> str:
         "latency_chart": _latency_chart(findings),
         "agreement": agreement,
         "effort": findings.effort,
+        "reduced": _reduced(findings),
     }
     if agreement is not None:
         context |= _agreement(findings)
     return environment.get_template("report.html").render(context)
+
+
+def _reduced(findings: Findings) -> list[str]:
+    """What the backend in force computes less of than the kernels would; not what the user asked for."""
+    options, effort, usual = findings.options, findings.effort, EFFORT["cpu"]
+    parts = (
+        (effort.count, usual.count, "images", options.images is None and options.count is None),
+        (effort.steps, usual.steps, "steps of gradient ascent", options.steps is None),
+    )
+    found = [f"{here} {what} instead of {there}" for here, there, what, ours in parts if ours and here != there]
+    if effort.stride != usual.stride:
+        found.append(f"dots {effort.stride} pixels apart instead of {usual.stride}")
+    return found
 
 
 def _title(findings: Findings) -> str:
