@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cortexloop.packing import (
+    WINOGRAD_ACROSS,
+    WINOGRAD_ALONG,
     LayerField,
     ModelField,
     fold,
@@ -13,7 +15,7 @@ from cortexloop.packing import (
     pack,
     padded,
     to_bfloat16_bits,
-    winograd_transform,
+    winograd_matrix,
 )
 from cortexloop.testing import CASES, random_inputs
 
@@ -54,10 +56,11 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
                 assert np.array_equal(full[..., :o], mixing.astype(np.float32))
                 assert not full[..., o:].any()
                 if k == 5 and layer.stride == 1:
-                    groups = section(f.WINOGRAD, 2, 5, 3, 4, padded(o))[..., :o].transpose(0, 3, 1, 2, 4)
-                    assert np.array_equal(groups.reshape(8, 5, 3, o), winograd_transform(mixing).astype(np.float32))
+                    along, across = winograd_matrix(WINOGRAD_ALONG), winograd_matrix(WINOGRAD_ACROSS)
+                    tiles = np.einsum("pj,qi,ijco->pqco", along, across, mixing)
+                    assert np.array_equal(section(f.WINOGRAD, 8, 6, 3, padded(o))[..., :o], tiles.astype(np.float32))
                     columns = section(f.WINOGRAD_TRANSPOSED, 8, o, 16)
-                    flipped = winograd_transform(mixing[:, ::-1]).transpose(0, 3, 1, 2).reshape(8, o, 15)
+                    flipped = np.einsum("pj,ijco->poic", along, mixing[:, ::-1]).reshape(8, o, 15)
                     assert np.array_equal(columns[..., :15], flipped.astype(np.float32))
                     assert not columns[..., 15].any()
                     assert fields[f.TRANSPOSED] == -1
@@ -78,7 +81,7 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
                 even[:c, :o] = mixing
                 assert np.array_equal(pairs.transpose(0, 2, 1).reshape(even.shape), to_bfloat16_bits(even))
                 assert (fields[f.PIXEL_PAIRS] >= 0) == (layer.stride == 2)
-                if layer.stride == 2:
+                if fields[f.PIXEL_PAIRS] >= 0:
                     slots = section(f.PIXEL_PAIRS, k, (k + 1) // 2, padded(c)).view(np.uint16)
                     taps = slots.reshape(k, -1, padded(c), 2).swapaxes(2, 3).reshape(k, k + 1, padded(c))[..., :c]
                     odd = fields[f.PAD_LEFT] % 2  # then the first pair starts one column before the first tap
@@ -92,23 +95,26 @@ def test_sections_hold_the_folded_weights(case: object) -> None:
         assert buffer[row[ModelField.READOUT_BIAS]] == np.float32(model.readout_bias)
 
 
-def test_winograd_transform_computes_the_correlation(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("points", [WINOGRAD_ALONG, WINOGRAD_ACROSS], ids=["along", "across"])
+def test_winograd_matrix_computes_the_correlation(points: tuple[float, ...], rng: np.random.Generator) -> None:
     """y = A^T ((G w) * (B^T x)) with B^T from the interpolation polynomials and A^T from the powers of the points."""
-    kernel = rng.standard_normal((5, 5, 3, 2))
-    u = winograd_transform(kernel)
-    points = [0.0, 1.0, -1.0, np.inf, 2.0, -2.0, 0.5, -0.5]
+    inputs, outputs = len(points), len(points) - 4
     finite = [p for p in points if np.isfinite(p)]
-    b = np.zeros((8, 8))
-    a = np.zeros((4, 8))
+    b = np.zeros((inputs, inputs))
+    a = np.zeros((outputs, inputs))
     for p, point in enumerate(points):
-        roots = [q for q in finite if q != point]
-        coefficients = np.poly(roots)[::-1]
+        coefficients = np.poly([q for q in finite if q != point])[::-1]
         b[p, : len(coefficients)] = coefficients
-        a[:, p] = [0, 0, 0, 1] if np.isinf(point) else [point**i for i in range(4)]
-    x = rng.standard_normal((5, 8, 3))
-    got = a @ np.einsum("pico,pic->po", u, np.einsum("px,ixc->pic", b, x))
-    expected = [np.einsum("ijco,ijc->o", kernel, x[:, i : i + 5]) for i in range(4)]
-    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+        a[:, p] = np.arange(outputs) == outputs - 1 if np.isinf(point) else [point**i for i in range(outputs)]
+    w, x = rng.standard_normal(5), rng.standard_normal(inputs)
+    got = a @ ((winograd_matrix(points) @ w) * (b @ x))
+    np.testing.assert_allclose(got, [w @ x[i : i + 5] for i in range(outputs)], rtol=1e-10, atol=1e-10)
+
+
+def test_multiples_of_1080_transform_to_short_binary_fractions() -> None:
+    along, across = winograd_matrix(WINOGRAD_ALONG), winograd_matrix(WINOGRAD_ACROSS)
+    scaled = 1080 * np.einsum("pj,qi->pqji", along, across) * 64
+    np.testing.assert_allclose(scaled, np.rint(scaled), rtol=0, atol=1e-9)
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:

@@ -18,7 +18,7 @@ struct LayerView {
   const float* pointwise;            // [in_c, out_p]; null in the first layer
   const float* bias;                 // [out_p]
   const float* transposed;           // [out_c, in_p]; first layer [out_c, k, taps_p], null if it has a winograd kernel
-  const float* winograd;             // first layer, 5 x 5, stride 1: [2, 5, 3, 4, out_p]; else null
+  const float* winograd;             // first layer, 5 x 5, stride 1: [8, 6, 3, out_p]; else null
   const float* winograd_transposed;  // beside winograd: [8, out_c, 16]
   const float* pairs;  // pointwise in bfloat16, two channels to a slot: [ceil(in_c / 2), out_p]; null in the first
   const float* pixel_pairs;  // stride 2: depthwise in bfloat16, two pixels to a slot: [k, (k + 1) / 2, in_p]; else null
@@ -35,7 +35,7 @@ struct ModelView {
 struct PreparedImage {
   float* rows;  // [height + 6, row_stride]: recentred RGB, zero margins of 3 rows and 3 columns; null if unused
   std::int64_t row_stride;
-  float* transformed;  // [height + 4, 3, 8, tiles_p]: rows in the Winograd domain; null if unused
+  float* transformed;  // [height + 5, 3, 8, tiles_p]: rows in the Winograd domain; null if unused
   std::int32_t tiles_p;
 };
 

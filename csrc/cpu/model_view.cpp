@@ -94,7 +94,7 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
         layer.transposed = sections.at(f[kTransposed], out_c * k * taps_p);
       } else {
         if (k != 5 || stride != 1) return sentence("layer %lld of model %lld cannot have a Winograd kernel", l, model);
-        layer.winograd = sections.at(f[kWinograd], 2 * 5 * 3 * 4 * out_p);
+        layer.winograd = sections.at(f[kWinograd], 8 * 6 * 3 * out_p);
         layer.winograd_transposed = sections.at(f[kWinogradTransposed], 8 * out_c * 16);
       }
     } else {

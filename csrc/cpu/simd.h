@@ -204,6 +204,14 @@ CL_INLINE void vkeep(vf& x) {
 #endif
 }
 
+// Step a pointer without letting the compiler turn a row of steps into as many pointers, which would not fit the registers.
+CL_INLINE void step(const float*& p, std::int64_t floats) {
+  p += floats;
+#if defined(__GNUC__)
+  __asm__("" : "+r"(p));
+#endif
+}
+
 // Four floats, for RGB pixels: the fourth lane carries something that is never stored.
 #if defined(CORTEXLOOP_ISA_NEON)
 using v4 = float32x4_t;

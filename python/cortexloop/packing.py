@@ -10,13 +10,13 @@ real channels, so that every instruction set reads whole vectors and padded chan
     spatial       layer 0: full kernel [k, k, 3, Op]; others: depthwise kernel [k, k, Cp]
     pointwise     [C, Op], batch norm folded (layer 0: none)
     bias          [Op], batch norm folded
-    winograd      layer 0 with k = 5 and stride 1: transformed kernel, points in two groups [2, 5, 3, 4, Op]
+    winograd      layer 0 with k = 5 and stride 1: kernel transformed along and across rows [8, 6, 3, Op]
     transposed    for the gradient; pointwise transposed [O, Cp]; layer 0: the kernel as [O, k, Tp], Tp = k * 3 padded
     winograd_transposed   for the gradient of a layer 0 with a winograd section, in place of `transposed`: the
                   kernel flipped along x and transformed [8, O, 16], 15 columns (row, colour) and a zero
     pairs         pointwise in bfloat16, channel pairs interleaved: [ceil(C / 2), Op, 2], two to a float slot
-    pixel_pairs   depthwise kernel of a stride-2 layer in bfloat16, pixel pairs interleaved: [k, (k + 1) / 2, Cp, 2]; the
-                  first pair starts at the even map column at or before the first tap of an output pixel
+    pixel_pairs   depthwise kernel of a stride-2 layer in bfloat16, pixel pairs interleaved: [k, (k + 1) / 2, Cp, 2];
+                  the first pair starts at the even map column at or before the first tap of an output pixel
     readout       [H_last, W_last, Op]
     readout_bias  [1]
 """
@@ -83,25 +83,24 @@ def fold(layer: LayerWeights) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return mixing.astype(np.float64) * scale, bias
 
 
-_FINITE_POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
-# The output transform runs over two groups of four points; infinity (index 7) joins the first group.
-_POINT_ORDER = (0, 1, 2, 7, 3, 4, 5, 6)
+WINOGRAD_ALONG = (0.0, 1.0, -1.0, np.inf, 2.0, -2.0, 0.5, -0.5)
+WINOGRAD_ACROSS = (0.0, 1.0, -1.0, 2.0, -2.0, np.inf)
+"""Interpolation points along image rows (4 outputs of a 5-tap kernel) and across them (2 outputs)."""
 
 
-def winograd_transform(kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Transform a kernel [5, 5, 3, O] along x for 1-D Winograd (Toom-Cook) F(4, 5): [8, 5, 3, O].
+def winograd_matrix(points: Sequence[float]) -> NDArray[np.float64]:
+    """The Toom-Cook kernel transform G [points, 5] of y = A^T ((G w) * (B^T x)), for 5 taps.
 
-    Four neighbouring outputs y_i = sum_j w_j x_(i+j) cost 8 products instead of 20: y = A^T ((G w) * (B^T x)) with the
-    points 0, 1, -1, infinity, 2, -2, 1/2, -1/2. G is applied here in float64; B^T and A^T are in the kernels.
-    Weights that are multiples of 360 transform to short binary fractions, which the exact tests use.
+    A^T and B^T are in the C++ kernels. Kernels are transformed in float64; weights that are multiples of 1080 transform
+    to short binary fractions for the points used here, which the exact tests rely on.
     """
-    g = np.zeros((8, 5))
-    for p, a in enumerate(_FINITE_POINTS):
-        norm = np.prod([a - b for b in _FINITE_POINTS if b != a])
-        g[p] = [a**j / norm for j in range(5)]
-    g[7, 4] = 1.0
-    transformed: NDArray[np.float64] = np.einsum("pj,ijcx->picx", g, kernel)
-    return transformed[list(_POINT_ORDER)]
+    g = np.zeros((len(points), 5))
+    for row, a in zip(g, points, strict=True):
+        if np.isinf(a):
+            row[4] = 1.0
+        else:
+            row[:] = a ** np.arange(5) / np.prod([a - b for b in points if b != a and np.isfinite(b)])
+    return g
 
 
 def to_bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -111,7 +110,7 @@ def to_bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _bfloat16_pairs(x: NDArray[np.float64]) -> NDArray[np.float32]:
-    """[..., 2 n, C] rounded to bfloat16, neighbours along the last but one axis interleaved: [..., n, C] float slots."""
+    """[..., 2 n, C] in bfloat16, neighbours along the last but one axis interleaved: [..., n, C] float slots."""
     bits = to_bfloat16_bits(x.astype(np.float32)).reshape(*x.shape[:-2], -1, 2, x.shape[-1])
     return np.ascontiguousarray(bits.swapaxes(-1, -2)).view(np.float32)[..., 0]
 
@@ -166,9 +165,10 @@ def _pack_layer(buffer: _Buffer, layer: LayerWeights, height: int, width: int) -
     if layer.kernel is not None:
         fields[f.SPATIAL] = buffer.add(_pad_last(mixing))
         if k == 5 and stride == 1:
-            groups = winograd_transform(mixing).reshape(2, 4, 5, 3, o).transpose(0, 2, 3, 1, 4)
-            fields[f.WINOGRAD] = buffer.add(_pad_last(groups))
-            columns = winograd_transform(mixing[:, ::-1]).reshape(8, 15, o).transpose(0, 2, 1)
+            along, across = winograd_matrix(WINOGRAD_ALONG), winograd_matrix(WINOGRAD_ACROSS)
+            tiles = np.einsum("pj,qi,ijco->pqco", along, across, mixing)
+            fields[f.WINOGRAD] = buffer.add(_pad_last(tiles))
+            columns = np.einsum("pj,ijco->poic", along, mixing[:, ::-1]).reshape(len(along), o, 15)
             fields[f.WINOGRAD_TRANSPOSED] = buffer.add(_pad_last(columns))
         else:
             taps = mixing.transpose(3, 0, 1, 2).reshape(o, k, k * 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_random_architectures_exact(engine: str, seed: int) -> None:
 
 @pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=str)
 def test_forward_close(engine: str, case: Case) -> None:
-    inputs = random(case)
+    inputs = random(dataclasses.replace(case, batch=32 if case in CASES else 8))
     expected = cl.responses(inputs.images.double(), inputs.bank, backend="reference")
     torch32 = cl.responses(inputs.images, inputs.bank, backend="reference")
     got = cl.responses(inputs.images, inputs.bank, backend=engine)

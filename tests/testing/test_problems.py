@@ -50,7 +50,7 @@ def test_sums_beyond_float32_are_refused() -> None:
     model = exact_inputs(CASES[3]).bank.models[0]
     huge = dataclasses.replace(model, readout=model.readout * np.float32(2**24))
     with pytest.raises(AssertionError, match=r"sums reach .* units"):
-        problems._check_exact(huge, torch.full((1, 5, 7, 3), 2.0, dtype=torch.float64), torch.ones(1).double())
+        problems._check_exact(huge, torch.full((1, 5, 7, 3), 0.25, dtype=torch.float64), torch.ones(1).double())
 
 
 def test_pairs_reach_every_model() -> None:

@@ -81,6 +81,7 @@ struct Forward {
   Ring rings[kMaxDepth];         // output of each layer; the last one's holds a single row
   Masks masks[kMaxDepth];        // null bits when only the response is wanted
   std::int32_t next[kMaxDepth];  // rows of each layer computed so far
+  float* winograd_image;         // [6, 3, 8, tiles_p] of the two rows at work
   float* depthwise_row;          // [out_w, in_p] of the layer at work
 };
 
@@ -95,8 +96,9 @@ inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks
   for (int l = 0; l < model.depth; ++l) {
     const LayerView& layer = model.layers[l];
     const int vectors = vectors_of(layer.out_p);
+    const int ahead = layer.winograd != nullptr ? 1 : 0;  // rows come in pairs
     if (l + 1 == model.depth) {
-      f.rings[l] = make_ring(arena, 1, vectors, 0, layer.out_w, layer.out_w);
+      f.rings[l] = make_ring(arena, 1 + ahead, vectors, 0, layer.out_w, layer.out_w);
     } else {
       const LayerView& above = model.layers[l + 1];
       const bool pairs = l == 0 && f.pixel_pairs;
@@ -104,7 +106,7 @@ inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks
       const int map = pairs ? (layer.out_w + 1) / 2 : layer.out_w;
       const int reach =
           pairs ? above.out_w - 1 + (above.kernel + 1) / 2 : (above.out_w - 1) * above.stride + above.kernel;
-      f.rings[l] = make_ring(arena, above.kernel, vectors, left, reach > left + map ? reach : left + map, map);
+      f.rings[l] = make_ring(arena, above.kernel + ahead, vectors, left, reach > left + map ? reach : left + map, map);
     }
     f.next[l] = 0;
     Masks& m = f.masks[l];
@@ -119,6 +121,7 @@ inline void forward_layout(Arena& arena, const ModelView& model, bool with_masks
     if (floats > depthwise_floats) depthwise_floats = floats;
   }
   f.depthwise_row = arena.floats(depthwise_floats);
+  f.winograd_image = arena.floats(kAcross * 3LL * kPoints * tiles_padded(model.layers[0].in_w));
 }
 
 // The product's result is row y of layer l: bias, ReLU, ring and masks.
@@ -133,25 +136,36 @@ inline void to_ring(const Forward& f, int l, int y, GemmArgs& g) {
   g.mask_stride = f.masks[l].vector_stride;
 }
 
-inline void first_layer_row(const Forward& f, int y) {
+// Rows y and y + 1 of a Winograd first layer; y is even.
+inline void winograd_pair(const Forward& f, int y) {
   const LayerView& layer = f.model->layers[0];
   const Ring& ring = f.rings[0];
   const Masks& masks = f.masks[0];
+  WinogradArgs w;
+  w.tiles_p = f.image->tiles_p;
+  const std::int64_t row_floats = 3LL * kPoints * w.tiles_p;
+  winograd_columns_input(f.image->transformed + y * row_floats, row_floats, f.winograd_image);
+  w.image = f.winograd_image;
+  w.weights = layer.winograd;
+  w.channels_p = layer.out_p;
+  w.bias = layer.bias;
+  w.width = layer.out_w;
+  w.vectors = ring.vectors;
+  w.rows = y + 1 < layer.out_h ? 2 : 1;
+  for (int row = 0; row < w.rows; ++row) {
+    w.out[row] = ring.map_row(y + row);
+    w.mask[row] = masks.row(y + row);
+  }
+  w.out_vector_stride = ring.vector_stride;
+  w.pairs = f.pixel_pairs;
+  w.mask_stride = masks.vector_stride;
+  winograd_rows(w);
+}
+
+inline void first_layer_row(const Forward& f, int y) {
+  const LayerView& layer = f.model->layers[0];
   if (layer.winograd != nullptr) {
-    WinogradArgs w;
-    w.tiles_p = f.image->tiles_p;
-    w.image = f.image->transformed + static_cast<std::int64_t>(y) * 3 * kPoints * w.tiles_p;
-    w.weights = layer.winograd;
-    w.channels_p = layer.out_p;
-    w.bias = layer.bias;
-    w.width = layer.out_w;
-    w.vectors = ring.vectors;
-    w.out = ring.map_row(y);
-    w.out_vector_stride = ring.vector_stride;
-    w.pairs = f.pixel_pairs;
-    w.mask = masks.row(y);
-    w.mask_stride = masks.vector_stride;
-    winograd_row(w);
+    if (y % 2 == 0) winograd_pair(f, y);  // an odd row came with the even one before it
     return;
   }
   const float* a[7];
@@ -279,7 +293,7 @@ inline void prepared_layout(Arena& arena, int height, int width, bool rows, bool
   p.row_stride = image_row_stride(width);
   p.tiles_p = tiles_padded(width);
   p.rows = rows ? arena.floats((height + 2 * kImageMargin) * p.row_stride) : nullptr;
-  p.transformed = transformed ? arena.floats(static_cast<std::int64_t>(height + 4) * 3 * kPoints * p.tiles_p) : nullptr;
+  p.transformed = transformed ? arena.floats(static_cast<std::int64_t>(height + 5) * 3 * kPoints * p.tiles_p) : nullptr;
   scratch.phases = arena.floats(3 * 4LL * (p.tiles_p + kTileAlign));
   scratch.row_floats = (width + 2 * kTile) * 3LL;
   scratch.row = arena.floats(scratch.row_floats);
@@ -343,7 +357,7 @@ inline void prepare_image(const ImageSource& s, bool rows, bool transformed, voi
   const std::int32_t tiles_p = image->tiles_p, phase_stride = tiles_p + kTileAlign;
   const std::int64_t row_floats = 3LL * kPoints * tiles_p;
   fill_zero(image->transformed, 2 * row_floats);
-  fill_zero(image->transformed + (s.height + 2) * row_floats, 2 * row_floats);
+  fill_zero(image->transformed + (s.height + 2) * row_floats, 3 * row_floats);
   fill_zero(scratch.phases, 3 * 4LL * phase_stride);
   fill_zero(scratch.row, scratch.row_floats);
   const int tiles = (s.width + 2 + kTile - 1) / kTile;

@@ -1,11 +1,13 @@
-// First layer, 5 x 5, stride 1, by one-dimensional Winograd (Toom-Cook) F(4, 5) along image rows.
+// First layer, 5 x 5, stride 1, by two-dimensional Winograd (Toom-Cook): F(4, 5) along rows, F(2, 5) across them.
 //
-//   four neighbouring outputs  y = A^T ( sum over 5 rows and 3 colours of (G w) * (B^T x) ),  x = 8 neighbouring pixels
+//   a tile of 4 x 2 outputs  y = A'^T ( sum over 3 colours of (G' w G^T) * (B'^T x B) ) A,  x = 8 x 6 neighbouring pixels
 //
-// with the points 0, 1, -1, inf | 2, -2, 1/2, -1/2: 8 products where direct convolution needs 20. B^T x depends on no weights
-// and is made once per image (`winograd_image_row`); G w is packed with the bank. The points run in two groups of four so that
-// 4 points x T tiles x N vectors of channels fit the registers; the first group leaves its share of A^T in `partial`.
-// Measured: 1.7x the FMA peak of direct convolution on layer 0; rounding error 3-4x that of the direct sum.
+// with the points 0, 1, -1, inf, 2, -2, 1/2, -1/2 along rows and 0, 1, -1, 2, -2, inf across: 48 products a colour where direct
+// convolution needs 200. B along rows depends on no weights and is made once per image (`winograd_image_row`); B' across six
+// rows is cheap enough to be made again for every model (`winograd_columns_input`), which keeps the shared part small; G' w G
+// is packed with the bank. For one point along rows, all six points across x T tiles x N vectors of channels fit the
+// registers; A' folds them to two rows, which wait in `partial` until all eight points are there for A.
+// Rounding error about 1.6x that of the direct sum.
 #pragma once
 
 #include "../simd.h"
@@ -15,8 +17,9 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kTile = 4;  // outputs per tile
-constexpr int kPoints = 8;
+constexpr int kTile = 4;        // outputs per tile
+constexpr int kPoints = 8;      // along rows
+constexpr int kAcross = 6;      // points across rows, for two output rows
 constexpr int kTileAlign = 16;  // tiles per row are padded to this
 
 constexpr std::int32_t tiles_padded(std::int32_t width) {
@@ -51,45 +54,38 @@ inline void winograd_image_row(const float* const* phase, std::int32_t tiles_p, 
   }
 }
 
+// B'^T of six neighbouring image rows, each [row_floats], element by element: `out` [6, row_floats].
+CL_NOINLINE void winograd_columns_input(const float* CL_RESTRICT rows, std::int64_t row_floats,
+                                        float* CL_RESTRICT out) {
+  for (std::int64_t i = 0; i < row_floats; i += kLanes) {
+    vf d[kAcross];
+    CL_UNROLL for (int r = 0; r < kAcross; ++r) d[r] = vload(rows + r * row_floats + i);
+    const vf four = vset1(4.0f), five = vset1(-5.0f), minus_four = vset1(-4.0f), two = vset1(2.0f);
+    const vf even1 = vfma(minus_four, d[2], d[4]), odd1 = vfma(minus_four, d[1], d[3]);
+    const vf even2 = vsub(d[4], d[2]), odd2 = vsub(d[3], d[1]);
+    vstore(out + i, vfma(four, d[0], vfma(five, d[2], d[4])));
+    vstore(out + row_floats + i, vadd(even1, odd1));
+    vstore(out + 2 * row_floats + i, vsub(even1, odd1));
+    vstore(out + 3 * row_floats + i, vfma(two, odd2, even2));
+    vstore(out + 4 * row_floats + i, vfma(vset1(-2.0f), odd2, even2));
+    vstore(out + 5 * row_floats + i, vfma(four, d[1], vfma(five, d[3], d[5])));
+  }
+}
+
 struct WinogradArgs {
-  const float* image;  // [5, 3, 8, tiles_p]: five transformed rows; row r of them starts at r * 3 * 8 * tiles_p
+  const float* image;  // [6, 3, 8, tiles_p]: six rows of pixels in the transformed domain
   std::int32_t tiles_p;
-  const float* weights;  // [2, 5, 3, 4, channels_p]
+  const float* weights;  // [8, 6, 3, channels_p]
   std::int64_t channels_p;
   const float* bias;  // [channels_p]
   std::int32_t width, vectors;
-  float* out;  // vector v of pixel x at out + v * out_vector_stride + x * kLanes
+  std::int32_t rows;  // 1 or 2: the second row of the last pair may lie outside
+  float* out[2];      // vector v of pixel x at out[row] + v * out_vector_stride + x * kLanes
   std::int64_t out_vector_stride;
-  bool pairs;           // fast mode: two neighbouring pixels in bfloat16 to a slot, pair x at x * kLanes; no mask
-  std::uint16_t* mask;  // [vectors, mask_stride] or null
+  bool pairs;              // fast mode: two neighbouring pixels in bfloat16 to a slot, pair x at x * kLanes; no mask
+  std::uint16_t* mask[2];  // [vectors, mask_stride] or null
   std::int64_t mask_stride;
 };
-
-template <int T, int N>
-CL_INLINE void winograd_sum(const WinogradArgs& w, int group, int t, int v, vf (&acc)[4][T][N]) {
-  CL_UNROLL for (int p = 0; p < 4; ++p) {
-    CL_UNROLL for (int k = 0; k < T; ++k) CL_UNROLL for (int n = 0; n < N; ++n) acc[p][k][n] = vzero();
-  }
-  const std::int64_t channels_p = w.channels_p, tiles_p = w.tiles_p;
-  const float* CL_RESTRICT weights = w.weights + group * (5 * 3 * 4) * channels_p + v * kLanes;
-  const float* CL_RESTRICT image = w.image + group * 4 * tiles_p + t;
-  for (int row_colour = 0; row_colour < 5 * 3; ++row_colour) {
-    CL_UNROLL for (int p = 0; p < 4; ++p) {
-      vf u[N];
-      CL_UNROLL for (int n = 0; n < N; ++n) {
-        u[n] = vload(weights + n * kLanes);
-        if (T > 1) vkeep(u[n]);
-      }
-      CL_UNROLL for (int k = 0; k < T; ++k) {
-        const vf value = vset1(image[k]);
-        CL_UNROLL for (int n = 0; n < N; ++n) acc[p][k][n] = vfma(value, u[n], acc[p][k][n]);
-      }
-      weights += channels_p;
-      image += tiles_p;
-    }
-    image += 4 * tiles_p;
-  }
-}
 
 // A^T, first group of points (m0, m1, m-1, inf) and second group (m2, m-2, m1/2, m-1/2) added to it.
 CL_INLINE void winograd_output_first(vf m0, vf m1, vf m1n, vf inf, vf (&y)[kTile]) {
@@ -108,9 +104,9 @@ CL_INLINE void winograd_output_second(vf m2, vf m2n, vf m3, vf m3n, vf (&y)[kTil
   y[3] = vfma(vset1(8.0f), difference2, vfma(vset1(0.125f), difference3, y[3]));
 }
 
-// Four activities from pixel x on, without those behind the row's end.
-CL_INLINE void winograd_store(const WinogradArgs& w, int x, int v, const vf (&y)[kTile]) {
-  float* out = w.out + v * w.out_vector_stride;
+// Four activities of one row from pixel x on, without those behind the row's end.
+CL_INLINE void winograd_store(const WinogradArgs& w, int row, int x, int v, const vf (&y)[kTile]) {
+  float* out = w.out[row] + v * w.out_vector_stride;
   const int inside = w.width - x;
 #if defined(CORTEXLOOP_ISA_BF16)
   if (w.pairs) {
@@ -126,34 +122,56 @@ CL_INLINE void winograd_store(const WinogradArgs& w, int x, int v, const vf (&y)
   } else {
     for (int i = 0; i < inside; ++i) vstore(out + i * kLanes, y[i]);
   }
-  if (w.mask == nullptr) return;
-  std::uint16_t* mask = w.mask + v * w.mask_stride + x;
+  if (w.mask[row] == nullptr) return;
+  std::uint16_t* mask = w.mask[row] + v * w.mask_stride + x;
   CL_UNROLL for (int i = 0; i < kTile; ++i) {
     if (i < inside) mask[i] = vpositive(y[i]);
   }
 }
 
-// T tiles x N vectors of channels: 4 T output pixels.
+// T tiles x N vectors of channels: 4 T pixels of two output rows.
 template <int T, int N>
 CL_NOINLINE void winograd_block(const WinogradArgs& args, int t, int v) {
   const WinogradArgs w = args;  // a copy whose fields no vector store can alias
-  vf acc[4][T][N];
-  alignas(64) float partial[T][N][4][kLanes];
-  winograd_sum<T, N>(w, 0, t, v, acc);
-  CL_UNROLL for (int k = 0; k < T; ++k) CL_UNROLL for (int n = 0; n < N; ++n) {
-    vf y[kTile];
-    winograd_output_first(acc[0][k][n], acc[1][k][n], acc[2][k][n], acc[3][k][n], y);
-    CL_UNROLL for (int i = 0; i < kTile; ++i) vstore(partial[k][n][i], y[i]);
+  alignas(64) float partial[2][T][N][kPoints][kLanes];
+  const std::int64_t image_stride = static_cast<std::int64_t>(kPoints) * w.tiles_p;
+  const float* weights = w.weights + v * kLanes;
+  for (int p = 0; p < kPoints; ++p) {
+    const float* image = w.image + static_cast<std::int64_t>(p) * w.tiles_p + t;
+    vf m[kAcross][T][N];
+    CL_UNROLL for (int q = 0; q < kAcross; ++q) {
+      CL_UNROLL for (int c = 0; c < 3; ++c) {
+        vf u[N];
+        CL_UNROLL for (int n = 0; n < N; ++n) {
+          u[n] = vload(weights + n * kLanes);
+          if (T > 1) vkeep(u[n]);
+        }
+        CL_UNROLL for (int k = 0; k < T; ++k) {
+          const vf value = vset1(image[k]);
+          CL_UNROLL for (int n = 0; n < N; ++n) m[q][k][n] = c == 0 ? vmul(value, u[n]) : vfma(value, u[n], m[q][k][n]);
+        }
+        step(weights, w.channels_p);
+        step(image, image_stride);
+      }
+    }
+    CL_UNROLL for (int k = 0; k < T; ++k) CL_UNROLL for (int n = 0; n < N; ++n) {
+      const vf sum1 = vadd(m[1][k][n], m[2][k][n]), difference1 = vsub(m[1][k][n], m[2][k][n]);
+      const vf sum2 = vadd(m[3][k][n], m[4][k][n]), difference2 = vsub(m[3][k][n], m[4][k][n]);
+      vstore(partial[0][k][n][p], vadd(m[0][k][n], vadd(sum1, sum2)));
+      vstore(partial[1][k][n][p], vfma(vset1(2.0f), difference2, vadd(difference1, m[5][k][n])));
+    }
   }
-  winograd_sum<T, N>(w, 1, t, v, acc);
-  CL_UNROLL for (int n = 0; n < N; ++n) {
-    const vf bias = vload(w.bias + (v + n) * kLanes);
-    CL_UNROLL for (int k = 0; k < T; ++k) {
-      vf y[kTile];
-      CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vload(partial[k][n][i]);
-      winograd_output_second(acc[0][k][n], acc[1][k][n], acc[2][k][n], acc[3][k][n], y);
-      CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vrelu(vadd(y[i], bias));
-      winograd_store(w, (t + k) * kTile, v + n, y);
+  for (int row = 0; row < w.rows; ++row) {
+    CL_UNROLL for (int n = 0; n < N; ++n) {
+      const vf bias = vload(w.bias + (v + n) * kLanes);
+      CL_UNROLL for (int k = 0; k < T; ++k) {
+        vf m[kPoints], y[kTile];
+        CL_UNROLL for (int p = 0; p < kPoints; ++p) m[p] = vload(partial[row][k][n][p]);
+        winograd_output_first(m[0], m[1], m[2], m[3], y);
+        winograd_output_second(m[4], m[5], m[6], m[7], y);
+        CL_UNROLL for (int i = 0; i < kTile; ++i) y[i] = vrelu(vadd(y[i], bias));
+        winograd_store(w, row, (t + k) * kTile, v + n, y);
+      }
     }
   }
 }
@@ -163,26 +181,15 @@ void winograd_columns(const WinogradArgs& w, int v) {
   for (int t = 0; t * kTile < w.width; t += T) winograd_block<T, N>(w, t, v);
 }
 
-// One output row. The tile count of a block never passes the padded tiles: kTileAlign is a multiple of every T but 3.
-inline void winograd_row(const WinogradArgs& w) {
+// Two output rows. No block passes the padded tiles: kTileAlign is a multiple of every T.
+inline void winograd_rows(const WinogradArgs& w) {
   constexpr bool kMany = kRegisters >= 32;
   int v = 0;
-  while (v < w.vectors) {
-    const int left = w.vectors - v;
-    if (left >= 3 && left != 4) {
-      winograd_columns<kMany ? 2 : 1, 3>(w, v);
-      v += 3;
-    } else if (left >= 2) {
-      winograd_columns<kMany ? 2 : 1, 2>(w, v);
-      v += 2;
-    } else {
-      winograd_columns<kMany ? 4 : 2, 1>(w, v);
-      v += 1;
-    }
-  }
+  for (; v + 2 <= w.vectors; v += 2) winograd_columns<kMany ? 2 : 1, 2>(w, v);
+  if (v < w.vectors) winograd_columns<kMany ? 4 : 2, 1>(w, v);
 }
 
-// Gradient of the first layer by the same F(4, 5), with the kernel flipped along x. Lanes of the input transform are
+// Gradient of the first layer by F(4, 5) along rows alone, with the kernel flipped along x. Lanes of the input transform are
 // channels, lanes of the products are the 15 (kernel row, colour) pairs of a pixel.
 constexpr int kRowColours = 16;  // 5 rows x 3 colours and a zero
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 FACTOR: dict[tuple[str, torch.dtype], float] = {
-    # Seen on the cases of `cases.py`: up to 2.9 (a bank of one image has one output, so the ratio is noisy; Winograd's
-    # first layer costs a bit) and up to 1.4.
-    ("bank_forward", torch.float32): 4.0,
+    # Seen on the cases of `cases.py` with 32 images: up to 2.1 where products are fused (Winograd's first layer), up to
+    # 2.8 where they are rounded apart. (With two outputs the ratio is mostly chance.)
+    ("bank_forward", torch.float32): 3.0,
+    # Seen: up to 1.4.
     ("bank_input_gradient", torch.float32): 2.0,
 }
 """Allowed error of a kernel, as a multiple of that of float32 torch on the same problem (flash-attention's rule)."""
