@@ -98,8 +98,8 @@ def demo(
     json: Json = False,
 ) -> None:
     """Score images, find preferred ones, synthesize maximizing ones, and write a report in one HTML file."""
-    from cortexloop.cli.demo import DemoOptions
     from cortexloop.cli.demo import demo as run_demo
+    from cortexloop.cli.findings import DemoOptions
 
     run_demo(
         DemoOptions(

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cortexloop.cli import charts
-from cortexloop.cli.demo import EFFORT, RADII, Card, Findings
+from cortexloop.cli.findings import EFFORT, RADII, Card, Findings
 
 DESCRIPTIONS = {
     "edge_0deg": "a straight contour, horizontal",
