@@ -179,7 +179,8 @@ def responses(
         torch.stack([module(recenter(images)) for module in modules], dim=1)
     """
     tensor = check_images(images, bank, layout)
-    result: Tensor = ops.bank_forward(
+    forward = ops.bank_forward if isinstance(images, Tensor) else ops.evaluate_forward
+    result: Tensor = forward(
         tensor,
         bank.weights,
         bank.table,
@@ -300,7 +301,8 @@ def input_gradient(
     index = check_pairs(pairs, tensor.shape[0], bank)
     shape = (tensor.shape[0], len(bank)) if index is None else (tensor.shape[0],)
     weight = _check_cotangent(cotangent, shape, tensor).detach()
-    grad, values = ops.bank_input_gradient(tensor, bank.weights, bank.table, index, weight, layout, backend)
+    gradient = ops.bank_input_gradient if isinstance(images, Tensor) else ops.evaluate_gradient
+    grad, values = gradient(tensor, bank.weights, bank.table, index, weight, layout, backend)
     if not isinstance(images, Tensor):
         grad, values = grad.numpy(), values.numpy()
     return (grad, values) if return_responses else grad

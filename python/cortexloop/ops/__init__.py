@@ -16,7 +16,14 @@ from cortexloop.backends.registry import (
     select,
     use_backend,
 )
-from cortexloop.ops.bank import bank_activations, bank_forward, bank_input_gradient, problem
+from cortexloop.ops.bank import (
+    bank_activations,
+    bank_forward,
+    bank_input_gradient,
+    evaluate_forward,
+    evaluate_gradient,
+    problem,
+)
 
 __all__ = [
     "OPS",
@@ -28,6 +35,8 @@ __all__ = [
     "bank_forward",
     "bank_input_gradient",
     "bank_shape",
+    "evaluate_forward",
+    "evaluate_gradient",
     "explain",
     "problem",
     "select",

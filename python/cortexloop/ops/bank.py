@@ -16,12 +16,18 @@ import torch
 from torch import Tensor
 
 from cortexloop.backends.reference.bank import BACKEND as REFERENCE
-from cortexloop.backends.registry import Backend, Problem, bank_shape, select
+from cortexloop.backends.registry import Backend, BankShape, Problem, bank_shape, select
 from cortexloop.ops._library import define_op
 
 
 def problem(
-    op: str, images: Tensor, table: Tensor, *, layout: str = "NHWC", precision: str = "exact", batch: int | None = None
+    op: str,
+    images: Tensor,
+    bank: BankShape,
+    *,
+    layout: str = "NHWC",
+    precision: str = "exact",
+    batch: int | None = None,
 ) -> Problem:
     """Describe a call for the backends."""
     return Problem(
@@ -31,7 +37,7 @@ def problem(
         batch=images.shape[0] if batch is None else batch,
         layout=layout,
         precision=precision,
-        bank=bank_shape(table),
+        bank=bank,
     )
 
 
@@ -82,12 +88,13 @@ def _select(
                 f"pairs should lie in 0..{bank.models - 1} (the bank has {bank.models} models), "
                 f"got {int(pairs[wrong])} for image {wrong}"
             )
-    return select(problem(op, images, table, layout=layout, precision=precision), backend)
+    return select(problem(op, images, bank, layout=layout, precision=precision), backend)
 
 
-def _forward(
+def evaluate_forward(
     images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str, backend: str
 ) -> Tensor:
+    """The operator itself. NumPy callers take it directly: no graph follows them, and torch's dispatcher costs 8 us."""
     chosen = _select("bank_forward", images, weights, table, pairs, layout, precision, backend)
     return chosen.bank_forward(images, weights, table, pairs, layout, precision)
 
@@ -119,9 +126,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_images, None, None, None, None, None, None
 
 
-def _gradient(
+def evaluate_gradient(
     images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """The operator itself, as `evaluate_forward`."""
     chosen = _select("bank_input_gradient", images, weights, table, pairs, layout, "exact", backend)
     shape = (images.shape[0], table.shape[0]) if pairs is None else (images.shape[0],)
     if cotangent.dtype != _response_dtype(images):
@@ -141,8 +149,10 @@ def _gradient_fake(
     return grad, images.new_empty(cotangent.shape, dtype=_response_dtype(images))
 
 
-bank_input_gradient = define_op("bank_input_gradient", _gradient, fake=_gradient_fake)
-bank_forward = define_op("bank_forward", _forward, fake=_forward_fake, setup_context=_setup_context, backward=_backward)
+bank_input_gradient = define_op("bank_input_gradient", evaluate_gradient, fake=_gradient_fake)
+bank_forward = define_op(
+    "bank_forward", evaluate_forward, fake=_forward_fake, setup_context=_setup_context, backward=_backward
+)
 
 
 def bank_activations(

@@ -79,7 +79,9 @@ class Plan:
         # One call through the operator checks everything, warns where it must, and touches the pages.
         arguments = (self._images, bank.weights, bank.table, self._pairs, layout, precision)
         ops.bank_forward(*arguments, backend)
-        problem = ops.problem("bank_forward", self._images, bank.table, layout=layout, precision=precision)
+        problem = ops.problem(
+            "bank_forward", self._images, ops.bank_shape(bank.table), layout=layout, precision=precision
+        )
         chosen = ops.select(problem, backend)
         self.backend = chosen.name
         self._run: Callable[[], Any]
