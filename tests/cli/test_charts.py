@@ -142,3 +142,9 @@ def test_heat_map_colours_by_the_sign_of_the_deviation():
     assert image[0, :, 3].tolist() == [0, 255, 255]
     assert image[0, 1, 0] > image[0, 1, 2]
     assert image[0, 2, 0] < image[0, 2, 2]
+
+
+def test_histogram_of_values_that_differ_by_rounding() -> None:
+    """No bins fit between 1 and the next number."""
+    values = np.array([1.0, np.nextafter(1.0, 0.0), 1.0])
+    assert "<path" in charts.histogram(values, "r", "neurons", marks=[(1.0, "median")])

@@ -134,9 +134,11 @@ def histogram(
     """Bars with vertical marks, each with a caption; NaN are left out."""
     from matplotlib.ticker import MaxNLocator
 
+    values = values[np.isfinite(values)]
+    span = _limits(values) if values.size else (0.0, 1.0)  # equal but for rounding: no bins would fit between them
     with _style():
         figure, axes = _figure(width, height, x_label, y_label)
-        counts, edges, _ = axes.hist(values[np.isfinite(values)], bins, rwidth=0.94, color=_COLORS["bar"])
+        counts, edges, _ = axes.hist(values, bins, range=span, rwidth=0.94, color=_COLORS["bar"])
         low, high = _limits(np.concatenate([edges, [value for value, _ in marks]]))
         axes.set_xlim(low, high)
         axes.set_ylim(0, 1.12 * max(np.max(counts), 1))
@@ -207,9 +209,9 @@ def _mark(line: Callable[..., object], value: float) -> None:
 
 
 def _limits(values: NDArray[np.floating], margin: float = 0.0) -> tuple[float, float]:
-    """Lowest and highest value and a share of their distance beyond; never the same number twice."""
+    """Lowest and highest value and a share of their distance beyond; apart by more than rounding."""
     low, high = float(values.min()), float(values.max())
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5
     return low - margin * (high - low), high + margin * (high - low)
 

@@ -71,10 +71,11 @@ def demo(options: DemoOptions) -> None:
     elapsed = time.perf_counter() - started
     findings = Findings(options, effort, bank, left_out, scores, agreement, cards, latency, machine, elapsed)
     report = options.out / "report.html"
+    page = render(findings)
     with bad_input():
         options.out.mkdir(parents=True, exist_ok=True)
         with io.atomic_path(report) as temporary:
-            temporary.write_text(render(findings), encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
     _summarise(findings, report)
 
 
