@@ -204,11 +204,13 @@ CL_INLINE void vkeep(vf& x) {
 #endif
 }
 
-// Step a pointer without letting the compiler turn a row of steps into as many pointers, which would not fit the registers.
-CL_INLINE void step(const float*& p, std::int64_t floats) {
-  p += floats;
+// Hide where a pointer came from: GCC otherwise turns `p + constant` into as many precomputed offsets as there are uses,
+// which do not fit the registers.
+CL_INLINE void opaque(const float*& p) {
 #if defined(__GNUC__)
   __asm__("" : "+r"(p));
+#else
+  static_cast<void>(p);
 #endif
 }
 

@@ -33,8 +33,10 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
   CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
   for (int i = 0; i < K; ++i) {
     if (d.rows[i] == nullptr) continue;
-    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * S * kLanes;
-    const float* CL_RESTRICT weights = d.weights + i * K * d.channels_p + v * kLanes;
+    const float* in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * S * kLanes;
+    opaque(in);
+    const float* weights = d.weights + i * K * d.channels_p + v * kLanes;
+    opaque(weights);
     vf w[K];
     CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
     CL_UNROLL for (int q = 0; q < (P - 1) * S + K; ++q) {
@@ -57,10 +59,12 @@ CL_INLINE void depthwise_block(const DepthwiseArgs& d, int u, int v) {
   CL_UNROLL for (int p = 0; p < P; ++p) vstore(out + p * d.channels_p, acc[p]);
 }
 
+// Fourteen accumulators hide the latency of the multiply-adds (a pixel's taps are one dependent chain) and divide the
+// published row widths; with 16 registers seven have to do.
 template <int K, int S>
 CL_NOINLINE void depthwise_row(const DepthwiseArgs& args) {
   const DepthwiseArgs d = args;  // a copy whose fields no vector store can alias
-  constexpr int P = kRegisters >= 32 ? 8 : 4;
+  constexpr int P = kRegisters >= 32 ? 14 : 7;
   for (int v = 0; v < d.vectors; ++v) {
     if (d.width < P) {
       for (int u = 0; u < d.width; ++u) depthwise_block<K, S, 1>(d, u, v);
@@ -79,8 +83,10 @@ CL_INLINE void depthwise_pairs_block(const DepthwiseArgs& d, int u, int v) {
   CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
   for (int i = 0; i < 2 * M - 1; ++i) {
     if (d.rows[i] == nullptr) continue;
-    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * kLanes;
-    const float* CL_RESTRICT weights = d.weights + i * M * d.channels_p + v * kLanes;
+    const float* in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(u) * kLanes;
+    opaque(in);
+    const float* weights = d.weights + i * M * d.channels_p + v * kLanes;
+    opaque(weights);
     vf w[M];
     CL_UNROLL for (int m = 0; m < M; ++m) w[m] = vload(weights + m * d.channels_p);
     CL_UNROLL for (int q = 0; q < P + M - 1; ++q) {
@@ -130,8 +136,10 @@ CL_INLINE void depthwise_transposed_block(const DepthwiseArgs& d, int c0, int v)
   CL_UNROLL for (int p = 0; p < P; ++p) acc[p] = vzero();
   for (int i = 0; i < K; ++i) {
     if (d.rows[i] == nullptr) continue;
-    const float* CL_RESTRICT in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(c0 / S) * kLanes;
-    const float* CL_RESTRICT weights = d.weights + i * K * d.channels_p + v * kLanes;
+    const float* in = d.rows[i] + v * d.row_vector_stride + static_cast<std::int64_t>(c0 / S) * kLanes;
+    opaque(in);
+    const float* weights = d.weights + i * K * d.channels_p + v * kLanes;
+    opaque(weights);
     vf w[K];
     CL_UNROLL for (int j = 0; j < K; ++j) w[j] = vload(weights + j * d.channels_p);
     CL_UNROLL for (int r = kFirst; r <= kLast; ++r) {

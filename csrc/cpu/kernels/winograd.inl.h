@@ -150,8 +150,10 @@ CL_NOINLINE void winograd_block(const WinogradArgs& args, int t, int v) {
           const vf value = vset1(image[k]);
           CL_UNROLL for (int n = 0; n < N; ++n) m[q][k][n] = c == 0 ? vmul(value, u[n]) : vfma(value, u[n], m[q][k][n]);
         }
-        step(weights, w.channels_p);
-        step(image, image_stride);
+        weights += w.channels_p;
+        opaque(weights);
+        image += image_stride;
+        opaque(image);
       }
     }
     CL_UNROLL for (int k = 0; k < T; ++k) CL_UNROLL for (int n = 0; n < N; ++n) {
