@@ -101,14 +101,15 @@ def comparison(rows: Sequence[Recorded]) -> list[str]:
 
 
 def plain(rows: Sequence[Recorded]) -> list[str]:
-    """One line per row: what, milliseconds per evaluation, and the ratio to the first contender."""
+    """One line per row: who, what, milliseconds per evaluation, and the ratio to the first contender."""
     lines = []
     for row in rows:
         name = row["backend"] if not row["isa"] else f"{row['backend']} ({row['isa']})"
         setting = _column_title(row["threads"], row["batch"])
         against = f"{number(row['ratio'])}x {row['ratio_to']}" if row["ratio_to"] != row["backend"] else ""
-        lines.append([name, f"{row['case']}, {setting}", number(row["q50"]), against])
-    return table(["what", "on", "ms per evaluation", "time, compared"], lines)
+        computed = "responses" if row["direction"] == "forward" else "responses and gradient"
+        lines.append([name, computed, f"{row['case']}, {setting}", number(row["q50"]), against])
+    return table(["what", "computes", "on", "ms per evaluation", "time, compared"], lines)
 
 
 def accuracy(rows: Sequence[Recorded]) -> list[str]:
