@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "cortexloop/bank.h"
 #include "cortexloop/parallel.h"
 
@@ -128,6 +126,4 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         }
         check(status);
       });
-
-  if (const char* name = std::getenv("CORTEXLOOP_ISA")) check(cpu::set_isa(name));
 }

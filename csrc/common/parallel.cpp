@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,13 +13,7 @@
 namespace cortexloop {
 namespace {
 
-int default_threads() {
-  if (const char* text = std::getenv("CORTEXLOOP_NUM_THREADS")) {
-    const int count = std::atoi(text);
-    if (count >= 1) return count;
-  }
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-}
+int default_threads() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 
 // Workers sleep on a condition variable between jobs. A job is a generation number plus the body to call; `running_` counts
 // the workers that have not finished it.

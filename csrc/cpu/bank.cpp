@@ -3,10 +3,8 @@
 // A unit of work is one (image, model). Units are numbered image by image, so a thread that takes a range prepares each image
 // once; every unit writes its own output, so results depend neither on the number of threads nor on who takes what.
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "cortexloop/parallel.h"
 #include "dispatch.h"

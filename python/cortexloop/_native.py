@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 DTYPE_CODES = {torch.uint8: 0, torch.float32: 1}
 LAYOUT_CODES = {"NHWC": 0, "NCHW": 1}
 PRECISION_CODES = {"exact": 0, "fast": 1}
+MAX_THREADS = 4096
 
 
 @functools.cache
@@ -33,17 +35,33 @@ def unavailable() -> str | None:
     return None
 
 
+class SettingError(ValueError):
+    """An environment variable of cortexloop has a value that cannot be used; the message is one sentence."""
+
+
 @functools.cache
 def cpu() -> Any:
-    """The compiled module `cortexloop._cpu`, loaded when first asked for.
+    """The compiled module `cortexloop._cpu`, loaded when first asked for, set as the environment says.
 
     Raises:
         RuntimeError: the module was not built; the sentence is `unavailable()`.
+        SettingError: `CORTEXLOOP_ISA` or `CORTEXLOOP_NUM_THREADS` has a value that cannot be used.
     """
     reason = unavailable()
     if reason:
         raise RuntimeError(reason)
-    return importlib.import_module("cortexloop._cpu")
+    module = importlib.import_module("cortexloop._cpu")
+    threads = os.environ.get("CORTEXLOOP_NUM_THREADS")
+    if threads is not None:
+        if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
+            raise SettingError(f"CORTEXLOOP_NUM_THREADS should be a number from 1 to {MAX_THREADS}, got {threads!r}")
+        module.set_num_threads(int(threads))
+    name = os.environ.get("CORTEXLOOP_ISA")
+    if name is not None:
+        if name not in module.isas():
+            raise SettingError(f"CORTEXLOOP_ISA should be one of {', '.join(module.isas())} here, got {name!r}")
+        module.set_isa(name)
+    return module
 
 
 def isas() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cortexloop._native import SettingError
 from cortexloop.cli.console import BadInputError, complain, stdout, warnings_in_one_line
 
 app = typer.Typer(
@@ -202,7 +203,7 @@ def run(arguments: Sequence[str]) -> int:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             code = app(args=list(arguments), prog_name="cortexloop", standalone_mode=False)
-        except BadInputError as error:
+        except (BadInputError, SettingError) as error:
             complain(str(error))
             return 2
         except _UsageError as error:

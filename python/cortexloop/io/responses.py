@@ -82,9 +82,10 @@ def response_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
         return ()
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return _recordings(archive.files)
+            names = list(archive.files)
     except Exception as error:  # zipfile and NumPy raise many kinds of exception on damaged data
         raise ValueError(f"{str(path)!r} is no readable .npz file ({error})") from error
+    return _recordings(names)
 
 
 def _recordings(names: list[str]) -> tuple[str, ...]:

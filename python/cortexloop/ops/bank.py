@@ -27,14 +27,13 @@ def problem(
     *,
     layout: str = "NHWC",
     precision: str = "exact",
-    batch: int | None = None,
 ) -> Problem:
     """Describe a call for the backends."""
     return Problem(
         op=op,
         device=images.device.type,
         dtype=images.dtype,
-        batch=images.shape[0] if batch is None else batch,
+        batch=images.shape[0],
         layout=layout,
         precision=precision,
         bank=bank,
