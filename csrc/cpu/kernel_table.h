@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cortexloop/bank.h"
+#include "cortexloop/evolution.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -47,6 +48,11 @@ struct ImageSource {
   float mean[3];  // subtracted from 8-bit levels
 };
 
+// One row of random numbers, resolved from RandomRows: `row` carries the stream in its upper 8 bits.
+struct RandomRow {
+  std::uint32_t key0, key1, row, step, problem;
+};
+
 struct Kernels {
   const char* name;
   bool has_fast;
@@ -61,6 +67,17 @@ struct Kernels {
   // Adds cotangent * d response / d image to `grad` [height, width, 3] (sets it if `overwrite`); returns the response.
   float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, float* grad,
                     void* scratch);
+
+  // Populations of codes, a row or a block of columns at a time. `factors`, `mean`, `diagonal`: those of one problem; `dots` has
+  // room for `factors.rank` numbers.
+  void (*random_row)(const RandomRow& row, bool normal, std::int64_t columns, float* out);
+  void (*sample_row)(const RandomRow& row, const float* mean, float scale, const float* diagonal,
+                     const LowRank& factors, std::int64_t columns, float* dots, float* out);
+  void (*low_rank_row)(const float* left, const float* right, std::int64_t rank, std::int64_t columns, float* dots,
+                       float* x);
+  float (*dot)(const float* a, const float* b, std::int64_t columns);
+  void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
+                        std::int64_t columns, std::int64_t count, float* first, float* second);
 };
 
 const Kernels* kernels_generic();

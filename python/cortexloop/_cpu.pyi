@@ -2,8 +2,9 @@
 
 Common arguments: images (address; dtype 0 = uint8 RGB 0..255, 1 = float32 recentred; layout 0 = NHWC, 1 = NCHW; batch,
 height, width), packed weights (address of float32, length), table (address of int64, models, columns) and pairs
-(address of int64 [batch], 0 = every image with every model). Everything that computes releases the GIL; errors are
-ValueError, or MemoryError.
+(address of int64 [batch], 0 = every image with every model). Codes of evolutions are float32 [n_problems, rows,
+columns], problems int64 [n_problems]; csrc/include/cortexloop/evolution.h has the definitions. Everything that computes
+releases the GIL; errors are ValueError, or MemoryError.
 """
 
 def isas() -> list[str]: ...
@@ -46,6 +47,45 @@ def bank_input_gradient(
     grad: int,
     responses: int,
 ) -> None: ...
+def random_rows(
+    normal: bool,
+    seed: int,
+    stream: int,
+    step: int,
+    problems: int,
+    n_problems: int,
+    rows: int,
+    columns: int,
+    out: int,
+) -> None: ...
+def sample_codes(
+    seed: int,
+    stream: int,
+    step: int,
+    problems: int,
+    n_problems: int,
+    rows: int,
+    columns: int,
+    mean: int,
+    scale: int,
+    diagonal: int,
+    left: int,
+    right: int,
+    rank: int,
+    out: int,
+) -> None: ...
+def code_moments(
+    codes: int,
+    weights: int,
+    centre: int,
+    n_problems: int,
+    rows: int,
+    columns: int,
+    first: int,
+    second: int,
+) -> None: ...
+def low_rank_product(x: int, left: int, right: int, rank: int, n_problems: int, columns: int, out: int) -> None: ...
+def row_dots(x: int, y: int, n_problems: int, columns: int, out: int) -> None: ...
 
 class BankPlan:
     def __init__(

@@ -200,3 +200,104 @@ def bank_plan(
         pointer(out, "out", torch.float32, shape),
     )
     return plan
+
+
+def _optional(x: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return 0 if x is None else pointer(x, name, dtype, shape)
+
+
+def random_rows(normal: bool, seed: int, stream: int, step: int, problems: Tensor, out: Tensor) -> None:
+    """Fill `out`, float32 [n, rows, columns], with normal or uniform numbers. `problems`: int64 [n]."""
+    n, rows, columns = out.shape
+    cpu().random_rows(
+        normal,
+        seed,
+        stream,
+        step,
+        pointer(problems, "problems", torch.int64, (n,)),
+        n,
+        rows,
+        columns,
+        pointer(out, "out", torch.float32, (n, rows, columns)),
+    )
+
+
+def sample_codes(
+    seed: int,
+    stream: int,
+    step: int,
+    problems: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    diagonal: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+) -> None:
+    """Write mean + scale * (diagonal * z (I + left^T right)) to `out`, float32 [n, rows, columns].
+
+    mean, diagonal: float32 [n, columns]; scale: float32 [n]; factors: left and right, float32 [n, rank, columns].
+    """
+    n, rows, columns = out.shape
+    rank = 0 if factors is None else factors[0].shape[1]
+    left, right = (None, None) if factors is None else factors
+    cpu().sample_codes(
+        seed,
+        stream,
+        step,
+        pointer(problems, "problems", torch.int64, (n,)),
+        n,
+        rows,
+        columns,
+        pointer(mean, "mean", torch.float32, (n, columns)),
+        pointer(scale, "scale", torch.float32, (n,)),
+        _optional(diagonal, "diagonal", torch.float32, (n, columns)),
+        _optional(left, "left", torch.float32, (n, rank, columns)),
+        _optional(right, "right", torch.float32, (n, rank, columns)),
+        rank,
+        pointer(out, "out", torch.float32, (n, rows, columns)),
+    )
+
+
+def code_moments(codes: Tensor, weights: Tensor, centre: Tensor | None, first: Tensor, second: Tensor | None) -> None:
+    """Write the weighted sums over rows of codes, and of (codes - centre)^2 if `second` is given.
+
+    codes: float32 [n, rows, columns]; weights: float32 [n, rows]; centre, first, second: float32 [n, columns].
+    """
+    n, rows, columns = codes.shape
+    cpu().code_moments(
+        pointer(codes, "codes", torch.float32, (n, rows, columns)),
+        pointer(weights, "weights", torch.float32, (n, rows)),
+        _optional(centre, "centre", torch.float32, (n, columns)),
+        n,
+        rows,
+        columns,
+        pointer(first, "first", torch.float32, (n, columns)),
+        _optional(second, "second", torch.float32, (n, columns)),
+    )
+
+
+def low_rank_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write x (I + left^T right) to `out`. x, out: float32 [n, columns]; left, right: float32 [n, rank, columns]."""
+    n, columns = x.shape
+    rank = left.shape[1]
+    cpu().low_rank_product(
+        pointer(x, "x", torch.float32, (n, columns)),
+        pointer(left, "left", torch.float32, (n, rank, columns)),
+        pointer(right, "right", torch.float32, (n, rank, columns)),
+        rank,
+        n,
+        columns,
+        pointer(out, "out", torch.float32, (n, columns)),
+    )
+
+
+def row_dots(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """Write the sums over columns of x * y to `out`, float32 [n]. x, y: float32 [n, columns]."""
+    n, columns = x.shape
+    cpu().row_dots(
+        pointer(x, "x", torch.float32, (n, columns)),
+        pointer(y, "y", torch.float32, (n, columns)),
+        n,
+        columns,
+        pointer(out, "out", torch.float32, (n,)),
+    )

@@ -3,6 +3,7 @@
 
 #include "../kernel_table.h"
 #include "bank_bwd.inl.h"
+#include "evolution.inl.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -19,7 +20,8 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name, kHasFast, prepared_bytes, prepare_image, scratch_bytes, bank_forward, bank_gradient};
+  return Kernels{name,          kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,
+                 bank_gradient, random_row, sample_row,     low_rank_row,  dot,           moments_block};
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
 """Fastest first, for each device type; every other device is served by the reference alone."""
 
 NAMES = ("cpu", "reference")
-OPS = ("bank_forward", "bank_input_gradient")
+OPS = ("bank_forward", "bank_input_gradient", "sample_codes")
+"""What can be asked about; "sample_codes" stands for all operators on populations of codes."""
 
 
 class BackendError(RuntimeError):
@@ -80,6 +81,29 @@ class Backend(Protocol):
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]: ...
 
+    def random_rows(
+        self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int
+    ) -> Tensor: ...
+
+    def sample_codes(
+        self,
+        seed: int,
+        stream: int,
+        step: int,
+        problems: Tensor,
+        rows: int,
+        mean: Tensor,
+        scale: Tensor,
+        diagonal: Tensor | None,
+        factors: tuple[Tensor, Tensor] | None,
+    ) -> Tensor: ...
+
+    def code_moments(self, codes: Tensor, weights: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+    def low_rank_product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor: ...
+
+    def row_dots(self, x: Tensor, y: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -128,7 +152,7 @@ def backend(name: str) -> Backend:
     """
     if name not in NAMES:
         raise ValueError(f"backend should be one of {', '.join(map(repr, ('auto', *NAMES)))}, got {name!r}")
-    module = importlib.import_module(f"cortexloop.backends.{name}.bank")
+    module = importlib.import_module(f"cortexloop.backends.{name}")
     found: Backend = module.BACKEND
     return found
 

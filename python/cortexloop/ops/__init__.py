@@ -1,5 +1,7 @@
 """Torch operators: schema, fake implementation, autograd. One operator per model bank and direction.
 
+`evolution.py` holds plain functions on populations of codes: nothing differentiates or traces them.
+
 The backend is an argument, so that a traced graph shows it. May import: `backends`, `packing`, torch.
 """
 
@@ -24,6 +26,14 @@ from cortexloop.ops.bank import (
     evaluate_gradient,
     problem,
 )
+from cortexloop.ops.evolution import (
+    code_moments,
+    low_rank_product,
+    normals,
+    row_dots,
+    sample_codes,
+    uniforms,
+)
 
 __all__ = [
     "OPS",
@@ -35,10 +45,16 @@ __all__ = [
     "bank_forward",
     "bank_input_gradient",
     "bank_shape",
+    "code_moments",
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "low_rank_product",
+    "normals",
     "problem",
+    "row_dots",
+    "sample_codes",
     "select",
+    "uniforms",
     "use_backend",
 ]

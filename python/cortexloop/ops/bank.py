@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cortexloop.backends.reference.bank import BACKEND as REFERENCE
+from cortexloop.backends.reference import BACKEND as REFERENCE
 from cortexloop.backends.registry import Backend, BankShape, Problem, bank_shape, select
 from cortexloop.ops._library import define_op
 

@@ -10,15 +10,10 @@ from cortexloop import _native
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend:
+class BankOperators:
     """Fused kernels for uint8 and float32 images in host memory."""
 
-    name = "cpu"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        reason = _native.unavailable()
-        if reason:
-            return reason
+    def bank_unsupported(self, problem: Problem) -> str | None:
         if problem.device != "cpu":
             return f"the C++ kernels work in host memory, the images are on {problem.device}"
         if problem.dtype not in _native.DTYPE_CODES:
@@ -30,7 +25,7 @@ class CpuBackend:
         table = np.frombuffer(shape.table, dtype=np.int64).reshape(shape.models, shape.columns).copy()
         return _native.bank_unsupported(torch.from_numpy(table))
 
-    def note(self, problem: Problem) -> str | None:
+    def bank_note(self, problem: Problem) -> str | None:
         isa = _native.isa()
         if problem.op == "bank_forward" and problem.precision == "fast":
             if _native.fast_supported():
@@ -54,6 +49,3 @@ class CpuBackend:
         responses = torch.empty(_native.response_shape(images.shape[0], table, pairs))
         _native.bank_input_gradient(images, weights, table, pairs, cotangent, layout, grad, responses)
         return grad, responses
-
-
-BACKEND = CpuBackend()

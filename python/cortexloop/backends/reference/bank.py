@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cortexloop.backends.registry import Problem
 from cortexloop.packing import LayerField, ModelField, layer_fields, padded
 from cortexloop.weights import same_padding
 
@@ -162,19 +161,8 @@ def _rows_of(model: int, pairs: Tensor | None, images: Tensor) -> Tensor | slice
     return slice(None) if pairs is None else torch.nonzero(pairs == model)[:, 0]
 
 
-class ReferenceBackend:
-    """Plain torch; takes everything."""
-
-    name = "reference"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        if problem.dtype not in (torch.uint8, torch.float32, torch.float64):
-            dtype = str(problem.dtype).removeprefix("torch.")
-            return f"images should be uint8, float32 or float64, these are {dtype}"
-        return None
-
-    def note(self, problem: Problem) -> str | None:
-        return "plain torch" + (': "fast" runs exactly' if problem.precision == "fast" else "")
+class BankOperators:
+    """One convolution at a time; images of any device, uint8, float32 or float64."""
 
     def bank_forward(
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str
@@ -235,6 +223,3 @@ class ReferenceBackend:
         channels = fields[LayerField.OUT_CHANNELS if kind == "activity" else LayerField.IN_CHANNELS]
         shape = (0, fields[LayerField.OUT_HEIGHT], fields[LayerField.OUT_WIDTH], channels)
         return images.new_empty(shape, dtype=_result_dtype(images))
-
-
-BACKEND = ReferenceBackend()

@@ -1,0 +1,51 @@
+"""Populations of codes on the CPU: allocate the outputs, hand the addresses to C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cortexloop import _native
+
+
+class CodeOperators:
+    """Operators on populations of codes, float32 in host memory."""
+
+    def random_rows(
+        self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int
+    ) -> Tensor:
+        out = torch.empty(problems.shape[0], rows, columns)
+        _native.random_rows(normal, seed, stream, step, problems, out)
+        return out
+
+    def sample_codes(
+        self,
+        seed: int,
+        stream: int,
+        step: int,
+        problems: Tensor,
+        rows: int,
+        mean: Tensor,
+        scale: Tensor,
+        diagonal: Tensor | None,
+        factors: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        out = torch.empty(mean.shape[0], rows, mean.shape[1])
+        _native.sample_codes(seed, stream, step, problems, mean, scale, diagonal, factors, out)
+        return out
+
+    def code_moments(self, codes: Tensor, weights: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        first = torch.empty(codes.shape[0], codes.shape[2])
+        second = None if centre is None else torch.empty_like(first)
+        _native.code_moments(codes, weights, centre, first, second)
+        return first, second
+
+    def low_rank_product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        _native.low_rank_product(x, left, right, out)
+        return out
+
+    def row_dots(self, x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0])
+        _native.row_dots(x, y, out)
+        return out
