@@ -5,6 +5,7 @@ May import `cortexloop.weights`, NumPy and file-format libraries, nothing else o
 
 from __future__ import annotations
 
+from cortexloop.io.arrays import load_arrays, save_arrays
 from cortexloop.io.atomic import atomic_path
 from cortexloop.io.images import ImageError, ImageSource, SkippedImage, image_number, open_images
 from cortexloop.io.modelfiles import ModelFiles, load_models, open_models
@@ -24,6 +25,7 @@ __all__ = [
     "atomic_path",
     "export_onnx",
     "image_number",
+    "load_arrays",
     "load_models",
     "load_responses",
     "load_shared",
@@ -32,5 +34,6 @@ __all__ = [
     "open_models",
     "open_table",
     "response_keys",
+    "save_arrays",
     "save_models",
 ]
