@@ -96,6 +96,7 @@ class Backend(Protocol):
         scale: Tensor,
         diagonal: Tensor | None,
         factors: tuple[Tensor, Tensor] | None,
+        out: Tensor | None,
     ) -> Tensor: ...
 
     def code_moments(self, codes: Tensor, weights: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor | None]: ...

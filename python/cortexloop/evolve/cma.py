@@ -204,7 +204,15 @@ class CholeskyCMA(_StepSizeAdaptation):
         scale = (self._sigma * self._scale).to(self.dtype)
         factors = (self._v, self._u) if self._v.shape[1] else None
         return ops.sample_codes(
-            self.seed, SAMPLES, self.generation, self._ids, self.population, self._mean, scale, factors=factors
+            self.seed,
+            SAMPLES,
+            self.generation,
+            self._ids,
+            self.population,
+            self._mean,
+            scale,
+            factors=factors,
+            out=self._room,
         )
 
     def _whiten(self, y: Tensor) -> Tensor:
@@ -304,6 +312,7 @@ class DiagonalCMA(_StepSizeAdaptation):
             self._mean,
             self._sigma.to(self.dtype),
             diagonal=self._deviation(),
+            out=self._room,
         )
 
     def _deviation(self) -> Tensor:

@@ -91,6 +91,7 @@ class Evolution:
         self.history: list[Generation] = []
         """All generations so far, oldest first."""
         self._updating = False
+        self._codes: Tensor | None = None
         if generator.dim != optimiser.dim:
             raise ValueError(
                 f"the generator takes codes of length {generator.dim}, the optimiser's have length {optimiser.dim}"
@@ -155,7 +156,7 @@ class Evolution:
         self._refuse_half_updates()
         clock = time.perf_counter
         start = clock()
-        codes = self.optimiser.ask()
+        codes = self._ask()
         asked = clock()
         index = self.optimiser.generation
         clean: Tensor | None = None
@@ -187,6 +188,14 @@ class Evolution:
         )
         self.history.append(generation)
         return generation
+
+    def _ask(self) -> Tensor:
+        """The codes of this generation, in memory that the next one uses again."""
+        optimiser = self.optimiser
+        shape = (optimiser.n, optimiser.codes_next, optimiser.dim)
+        if self._codes is None or tuple(self._codes.shape) != shape:
+            self._codes = torch.empty(shape, dtype=optimiser.dtype, device=optimiser.device)
+        return optimiser.ask(out=self._codes)
 
     def _score_in_silico(self, objective: Objective, codes: Tensor) -> tuple[Tensor, float]:
         """(clean scores float64 [n, m], seconds spent on generating), some problems at a time."""

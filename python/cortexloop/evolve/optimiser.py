@@ -110,6 +110,8 @@ class Optimiser(abc.ABC):
         self._first = None if first_generation is None else self.codes_like("first_generation", first_generation)
         self._injected: Tensor | None = None
         self._pending: Tensor | None = None
+        self._room: Tensor | None = None
+        """Where `_sample` may write its result; it may as well return another tensor."""
         self._best_codes = torch.full((self.n, self.dim), torch.nan, dtype=dtype, device=self.device)
         self._best_scores = torch.full((self.n,), torch.nan, dtype=torch.float64, device=self.device)
         self._best_generation = torch.full((self.n,), -1, dtype=torch.int64, device=self.device)
@@ -149,19 +151,57 @@ class Optimiser(abc.ABC):
         """The best codes shown so far, copies."""
         return Best(self._best_codes.clone(), self._best_scores.clone(), self._best_generation.clone())
 
-    def ask(self) -> Tensor:
+    def ask(self, out: Tensor | None = None) -> Tensor:
         """The codes to show next, [n, m, dim]: the same until they are told. Do not write into them.
 
         m is `population`; in generation 0 the number of codes in `first_generation`, if that was given.
+
+        Args:
+            out: write the codes here and return this tensor. For large batches: the hundreds of megabytes that a
+                generation may take then come from the system once, and not in every generation.
+
+        Raises:
+            ValueError: `out` has another shape, dtype or device, or is not contiguous.
         """
+        if out is not None and self._pending is not out:
+            return self._ask_into(out)
         if self._pending is None:
-            first = self.generation == 0 and self._first is not None
-            codes = self._first if first and self._first is not None else self._sample()
+            codes = self._first if self.generation == 0 and self._first is not None else self._sample()
             if self._injected is not None:
                 codes = codes.clone()
                 codes[:, : self._injected.shape[1]] = self._injected
             self._pending = codes
         return self._pending
+
+    def _ask_into(self, out: Tensor) -> Tensor:
+        m = self.codes_next
+        if (tuple(out.shape), out.dtype, out.device) != ((self.n, m, self.dim), self.dtype, self._best_codes.device):
+            raise ValueError(
+                f"out should be {self.dtype} [{self.n}, {m}, {self.dim}] on {self.device}, "
+                f"got {out.dtype} {list(out.shape)} on {out.device}"
+            )
+        if not out.is_contiguous():
+            raise ValueError(f"out should be contiguous, got strides {list(out.stride())}")
+        self._room = out
+        try:
+            codes = self.ask()
+        finally:
+            self._room = None
+        if codes.data_ptr() != out.data_ptr():
+            out.copy_(codes)
+        self._pending = out
+        return out
+
+    @property
+    def codes_next(self) -> int:
+        """How many codes of each problem the next generation has (the one asked for, until it is told)."""
+        if self.generation == 0 and self._first is not None:
+            return self._first.shape[1]
+        return self._sampled()
+
+    def _sampled(self) -> int:
+        """How many codes `_sample` returns now."""
+        return self.population
 
     def inject(self, codes: ArrayLike | Tensor) -> None:
         """Put codes of your own in the first places of the next generation.
@@ -176,9 +216,8 @@ class Optimiser(abc.ABC):
         if self._pending is not None:
             raise RuntimeError("codes were asked for and not told yet; inject before ask()")
         injected = self.codes_like("codes", codes)
-        room = self._first.shape[1] if self.generation == 0 and self._first is not None else self.population
-        if injected.shape[1] > room:
-            raise ValueError(f"the next generation has {room} codes, got {injected.shape[1]} to inject")
+        if injected.shape[1] > self.codes_next:
+            raise ValueError(f"the next generation has {self.codes_next} codes, got {injected.shape[1]} to inject")
         self._injected = injected
 
     def _as_counted(self, codes: Tensor, injected: int) -> Tensor:

@@ -47,14 +47,16 @@ def sample_codes(
     scale: Tensor,
     diagonal: Tensor | None = None,
     factors: Factors | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """mean + scale * (diagonal * z (I + left^T right)), z = `normals`; [n, rows, dim].
 
     Args:
         mean: [n, dim]; scale: [n]; diagonal: [n, dim] or None for ones; factors: (left, right), each [n, rank, dim].
+        out: where to write the codes, contiguous; new memory if None.
     """
     backend = _backend(mean.device, mean.dtype, mean.shape[0])
-    return backend.sample_codes(seed, stream, step, problems, rows, mean, scale, diagonal, factors)
+    return backend.sample_codes(seed, stream, step, problems, rows, mean, scale, diagonal, factors, out)
 
 
 def code_moments(codes: Tensor, weights: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

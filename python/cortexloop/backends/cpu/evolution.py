@@ -29,8 +29,10 @@ class CodeOperators:
         scale: Tensor,
         diagonal: Tensor | None,
         factors: tuple[Tensor, Tensor] | None,
+        out: Tensor | None,
     ) -> Tensor:
-        out = torch.empty(mean.shape[0], rows, mean.shape[1])
+        if out is None:
+            out = torch.empty(mean.shape[0], rows, mean.shape[1])
         _native.sample_codes(seed, stream, step, problems, mean, scale, diagonal, factors, out)
         return out
 

@@ -120,6 +120,7 @@ class CodeOperators:
         scale: Tensor,
         diagonal: Tensor | None,
         factors: tuple[Tensor, Tensor] | None,
+        out: Tensor | None,
     ) -> Tensor:
         z = self.random_rows(True, seed, stream, step, problems, rows, mean.shape[1]).to(mean.dtype)
         if factors is not None:
@@ -127,7 +128,8 @@ class CodeOperators:
             z = _low_rank(z, left, right)
         if diagonal is not None:
             z = diagonal[:, None] * z
-        return mean[:, None] + scale[:, None, None] * z
+        codes = mean[:, None] + scale[:, None, None] * z
+        return codes if out is None else out.copy_(codes)
 
     def code_moments(self, codes: Tensor, weights: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor | None]:
         first = torch.zeros_like(codes[:, 0])
