@@ -23,8 +23,12 @@ if TYPE_CHECKING:  # matplotlib is imported when the first chart is drawn: other
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 38.0
 """Around the plotting area, in CSS pixels."""
 
+CURVES = tuple(f"curve-{letter}" for letter in "abcdefghi")
+"""Colours for many curves in one chart; a page that uses them defines them, in this order."""
+
 # Matplotlib draws with these stand-ins; in the finished SVG they become variables of the page's style sheet.
-_COLORS = {name: f"#fe00{i:02x}" for i, name in enumerate(("a", "b", "bar", "ink", "soft", "faint", "grid"))}
+_NAMES = ("a", "b", "bar", "ink", "soft", "faint", "grid", *CURVES)
+_COLORS = {name: f"#fe00{i:02x}" for i, name in enumerate(_NAMES)}
 _FONT = "DejaVu Sans"  # comes with matplotlib; only measures the text
 _VARIABLES = {color: f"var(--{name})" for name, color in _COLORS.items()} | {f"'{_FONT}'": "var(--sans)"}
 _STAND_INS = re.compile("|".join(_VARIABLES))
@@ -57,11 +61,17 @@ _STYLE = {
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A curve. `style` names the CSS variable of its colour: "a" or "b"."""
+    """A curve, with a band from `low` to `high` behind it if both are given.
+
+    `style` names the CSS variable of its colour: "a", "b" or one of `CURVES`.
+    """
 
     x: NDArray[np.floating]
     y: NDArray[np.floating]
     style: str = "a"
+    low: NDArray[np.floating] | None = None
+    high: NDArray[np.floating] | None = None
+    thin: bool = False
 
 
 def line_chart(
@@ -77,10 +87,16 @@ def line_chart(
     with _style():
         figure, axes = _figure(width, height, x_label, y_label)
         for s in series:
-            axes.plot(s.x, s.y, color=_COLORS[s.style], solid_capstyle="round")
+            if s.low is not None and s.high is not None:
+                outline = np.concatenate([s.x, s.x[::-1]]), np.concatenate([s.low, s.high[::-1]])
+                axes.fill(*outline, color=_COLORS[s.style], alpha=0.18, linewidth=0)
+        for s in series:
+            width_of_line = 1.0 if s.thin else 2.0
+            axes.plot(s.x, s.y, color=_COLORS[s.style], linewidth=width_of_line, solid_capstyle="round")
         low, high = _limits(np.concatenate([s.x for s in series]))
         axes.set_xlim(low, high)
-        ys = np.concatenate([s.y for s in series] + [np.array([0.0] if level is None else [0.0, level[0]])])
+        shown = [v for s in series for v in (s.y, s.low, s.high) if v is not None]
+        ys = np.concatenate([*shown, np.array([0.0] if level is None else [0.0, level[0]])])
         bottom, top = _limits(ys, margin=0.06)
         axes.set_ylim(0.0 if ys.min() == 0 else bottom, top)
         if level is not None:
@@ -153,6 +169,48 @@ def histogram(
         return _svg(figure, axes)
 
 
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """A value on the row `row` of `interval_chart` with its interval; NaN bounds draw the value alone."""
+
+    row: int
+    value: float
+    low: float
+    high: float
+    style: str = "a"
+
+
+def interval_chart(
+    rows: Sequence[str],
+    intervals: Sequence[Interval],
+    x_label: str,
+    *,
+    width: float = 514,
+) -> Markup:
+    """Values with intervals, one row per name from the top down; values of one row are spread within it."""
+    left, line = 112.0, 34.0
+    height = TOP + BOTTOM + line * len(rows)
+    with _style():
+        figure, axes = _figure(width, height, x_label, "", left=left)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x")
+        of_row = [[i for i in intervals if i.row == row] for row in range(len(rows))]
+        for row, members in enumerate(of_row):
+            for place, one in enumerate(members):
+                y = row + min(0.22, 0.8 / len(members)) * (place - (len(members) - 1) / 2)
+                color = _COLORS[one.style]
+                if np.isfinite(one.low) and np.isfinite(one.high):
+                    axes.plot([one.low, one.high], [y, y], color=color, alpha=0.55)
+                axes.plot([one.value, one.value], [y, y], color=color, linewidth=7, solid_capstyle="round")
+        ends = np.array([v for one in intervals for v in (one.value, one.low, one.high) if np.isfinite(v)] + [0.0])
+        low, high = _limits(ends, margin=0.04)
+        axes.set_xlim(0.0 if ends.min() == 0 else low, high)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params("y", labelcolor=_COLORS["ink"], labelsize=11)
+        return _svg(figure, axes, baseline=False)
+
+
 def heat_map(values: NDArray[np.floating], base: float) -> str:
     """Data URI of a PNG, one pixel per entry: `base` is transparent, above it warm, below it cool."""
     deviation = values - base
@@ -186,7 +244,7 @@ def _style() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", _STYLE])
 
 
-def _figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, x_label: str, y_label: str, *, left: float = LEFT) -> tuple[Figure, Axes]:
     """A new figure and its plotting area; not pyplot's, so nothing has to be closed."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -194,9 +252,9 @@ def _figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Fi
 
     figure = Figure((width / 72, height / 72), dpi=72, frameon=False)  # one point is one CSS pixel
     FigureCanvasSVG(figure)
-    area = (LEFT / width, BOTTOM / height, 1 - (LEFT + RIGHT) / width, 1 - (TOP + BOTTOM) / height)
+    area = (left / width, BOTTOM / height, 1 - (left + RIGHT) / width, 1 - (TOP + BOTTOM) / height)
     axes = figure.add_axes(area, frameon=False, xlabel=x_label, ylabel=y_label)
-    axes.yaxis.set_label_coords(-(LEFT - 11) / (width - LEFT - RIGHT), 0.5)  # the same place in every chart
+    axes.yaxis.set_label_coords(-(left - 11) / (width - left - RIGHT), 0.5)  # the same place in every chart
     axes.grid(axis="y")
     for axis, most in ((axes.xaxis, 6), (axes.yaxis, 5)):
         axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
@@ -216,7 +274,7 @@ def _limits(values: NDArray[np.floating], margin: float = 0.0) -> tuple[float, f
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def _svg(figure: Figure, axes: Axes) -> Markup:
+def _svg(figure: Figure, axes: Axes, *, baseline: bool = True) -> Markup:
     """The drawing as an element of an HTML page.
 
     Paths and texts are all that is drawn here. What a page with many drawings cannot share stays behind: prolog and
@@ -224,13 +282,13 @@ def _svg(figure: Figure, axes: Axes) -> Markup:
     plotting area).
     """
     bottom, top = axes.get_ylim()
-    if bottom <= 0 <= top:
+    if baseline and bottom <= 0 <= top:
         axes.axhline(0, color=_COLORS["faint"], linewidth=0.8, zorder=0.9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = ElementTree.fromstring(buffer.getvalue())
     svg = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")
-    svg.set("aria-label", f"{axes.get_ylabel()} against {axes.get_xlabel()}")
+    svg.set("aria-label", " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel()))))
     for element in drawn.iter():
         tag = element.tag.rpartition("}")[2]
         if tag in ("path", "text"):
