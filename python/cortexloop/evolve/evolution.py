@@ -20,7 +20,7 @@ from cortexloop.evolve.objectives import Objective
 from cortexloop.evolve.optimiser import MAX_SEED, Optimiser, whole
 from cortexloop.evolve.placement import Placement, to_uint8
 
-IMAGES_AT_ONCE = 256
+IMAGES_AT_ONCE = 128
 """Images rendered and scored together; bounds memory, changes no result."""
 
 NOISE_STREAM = 128
