@@ -1,4 +1,4 @@
-"""Generators: from codes to images.
+"""Generators: from codes to images, by formulas or by networks trained elsewhere.
 
 May import what `evolve` may.
 """
@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cortexloop.evolve.generators.base import Generator
+from cortexloop.evolve.generators.cppn import CPPNGenerator
 from cortexloop.evolve.generators.fourier import FourierGenerator
+from cortexloop.evolve.generators.gabor import GaborGenerator
 
 GENERATORS: dict[str, Callable[..., Generator]] = {
     "fourier": FourierGenerator,
+    "gabor": GaborGenerator,
+    "cppn": CPPNGenerator,
 }
 """By name, as on the command line: formulas take (height, width, dim=None, seed=0), trained ones (weights=path)."""
 
 __all__ = [
     "GENERATORS",
+    "CPPNGenerator",
     "FourierGenerator",
+    "GaborGenerator",
     "Generator",
 ]

@@ -81,7 +81,7 @@ class Generator(abc.ABC):
 
 
 class FormulaGenerator(Generator):
-    """A generator without trained weights. Subclasses give tables of constants and `_render`.
+    """A generator without trained weights. Subclasses give `_render`, and `_tables` of constants for it.
 
     `_render` may use only operations whose bits for one image do not depend on the batch: `torch.bmm` with one matrix
     per image (or per image and channel), elementwise ones, copies, and `squash`. A plain matrix product over the batch
@@ -93,9 +93,10 @@ class FormulaGenerator(Generator):
     """Pixels per chunk on a CPU: intermediates stay in the cache, and Python's share of the time stays small."""
     _gpu_pixels: ClassVar[int] = 1 << 23
 
-    def __init__(self, height: int, width: int, dim: int, tables: Sequence[NDArray[Any]]) -> None:
+    _tables: Sequence[NDArray[Any]]
+
+    def __init__(self, height: int, width: int, dim: int) -> None:
         super().__init__(height, width, dim)
-        self._tables = tuple(tables)
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @abc.abstractmethod

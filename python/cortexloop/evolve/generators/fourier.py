@@ -51,9 +51,9 @@ class FourierGenerator(FormulaGenerator):
         height, width = check_size(height, width)
         most = 3 * height * width
         count = min(4096, most) if dim is None else whole("dim", dim, 1, most)
-        layout = _Layout(height, width, count)
-        super().__init__(height, width, count, layout.tables())
-        self._layout = layout
+        super().__init__(height, width, count)
+        self._layout = _Layout(height, width, count)
+        self._tables = self._layout.tables()
 
     def settings(self) -> dict[str, Any]:
         """What it takes to make this generator again, JSON-able."""
@@ -143,6 +143,6 @@ class _Layout:
 
 
 def cosines(n: int, count: int) -> NDArray[np.float64]:
-    """[count, n] orthonormal DCT-II functions c_k cos(pi k (x + 1/2) / n), where c_0 = sqrt(1/n), other c_k = sqrt(2/n)."""
+    """[count, n] orthonormal DCT-II functions: c_k cos(pi k (x + 1/2) / n), c_k = sqrt(2/n) but c_0 = sqrt(1/n)."""
     k = np.arange(count)[:, None]
     return np.asarray(np.where(k == 0, 1.0, np.sqrt(2.0)) / np.sqrt(n) * np.cos(np.pi * k * (np.arange(n) + 0.5) / n))
