@@ -13,6 +13,7 @@ from cortexloop.io.native import save_models
 from cortexloop.io.onnx_export import export_onnx, onnx_model
 from cortexloop.io.responses import Responses, load_responses, response_keys
 from cortexloop.io.shared import load_shared
+from cortexloop.io.state_dicts import load_state_dict
 from cortexloop.io.tables import TableWriter, open_table
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "load_models",
     "load_responses",
     "load_shared",
+    "load_state_dict",
     "onnx_model",
     "open_images",
     "open_models",
