@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,24 @@ from numpy.typing import NDArray
 import cortexloop as cl
 import evolution_peers as peers
 from bench_bank import WrongResultError, isa, show
+from cases import Case, all_models
 from cortexloop import evolve, ops
 from evolution_peers import Objective, Peer
+from peers import torch_network
 from record import RESULTS, Contender, Row, append, machine, measure, provenance, quantiles
 
 DIM, POPULATION, SIGMA = 4096, 40, 3.0
 SESSION, SLICES = 75, 5
 """Generations of a published session; the candidate's optimisers start anew after as many. As many rounds as slices of
 it see each part of a session once."""
+PERIOD = 11
+"""Generations from one update of the Cholesky factor to the next."""
 
 CHOLESKY, DIAGONAL = "cortexloop CholeskyCMA", "cortexloop DiagonalCMA"
-OURS, LAB = "cortexloop", "torch, one problem after another"
+OURS, PLAIN = "cortexloop", "torch, one problem after another"
 
 CODE_LIMIT = 1e-3  # largest difference of a code's entry from the float64 recursion, in standard deviations of codes
+SCORE_LIMIT = 0.1  # largest difference of a score from plain torch, which does not round images, in standard deviations
 CENTRE_LIMIT = 1e-4  # largest difference of a peer's mean from the weighted mean of its codes, in initial step sizes
 
 
@@ -60,11 +65,12 @@ def candidate(name: str, problems: int, dim: int = DIM) -> Peer:
         return kind(dim, problems=problems, population=POPULATION, sigma=SIGMA)
 
     held = [new()]
+    codes = torch.empty(problems, POPULATION, dim)  # the same memory in every generation, as `Evolution` does it
 
     def step(objective: Objective) -> None:
         if held[0].generation == SESSION:
             held[0] = new()
-        held[0].tell(objective(held[0].ask()))
+        held[0].tell(objective(held[0].ask(out=codes)))
 
     return Peer(
         name,
@@ -220,11 +226,11 @@ def check_candidate(name: str, problems: int) -> None:
             )
 
 
-def works(peer: Peer, problems: int, dim: int = DIM) -> bool:
+def works(peer: Peer, problems: int, dim: int = DIM, generations: int = 3) -> bool:
     """Whether a peer climbs, and its mean is the weighted mean of its best codes where it should be; says so if not."""
     weights = rank_weights(POPULATION)
     means = []
-    for codes, scores in climb(peer, dim, 3):
+    for codes, scores in climb(peer, dim, generations):
         if codes.shape != (problems, POPULATION, dim):
             print(f"no number for {peer.name}: it showed {codes.shape}", file=sys.stderr)
             return False
@@ -245,7 +251,29 @@ def works(peer: Peer, problems: int, dim: int = DIM) -> bool:
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def contender(peer: Peer) -> Contender:
+@dataclass
+class Timed:
+    """A contender, its package, the steps of a run, and the time that processors and the clock spent in its runs."""
+
+    contender: Contender
+    package: str
+    steps: int
+    processors: float = 0.0
+    wall: float = 0.0
+
+    def counted(self) -> Contender:
+        """The contender, with its time counted."""
+
+        def run() -> None:
+            wall, processors = time.perf_counter(), time.process_time()
+            self.contender.run()
+            self.processors += time.process_time() - processors
+            self.wall += time.perf_counter() - wall
+
+        return Contender(self.contender.name, run, self.contender.fetch, self.contender.prepare)
+
+
+def steps_of(peer: Peer) -> Timed:
     """Whole periods of a peer, with the same scores in every generation."""
     rng = np.random.default_rng(0)
     scores: list[Any] = []
@@ -259,16 +287,7 @@ def contender(peer: Peer) -> Contender:
         for _ in range(peer.generations):
             peer.step(objective)
 
-    return Contender(peer.name, run, lambda: np.empty(0))
-
-
-def threads_used(run: Callable[[], Any], at_least: float = 0.1) -> float:
-    """Processor time over wall time of repeated calls."""
-    time.sleep(0.05)  # threads of other engines spin for a while before they sleep
-    wall, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() - wall < at_least:
-        run()
-    return (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return Timed(Contender(peer.name, run, lambda: np.empty(0)), peer.package, peer.generations)
 
 
 def _version(package: str) -> str:
@@ -292,34 +311,32 @@ def _row(problems: int, case: str, direction: str, name: str, package: str, thre
     )
 
 
-def timed(
-    contenders: Sequence[tuple[Contender, str, int]], budget: float, rounds: tuple[int, int], **row: Any
-) -> list[Row]:
+def timed(entries: Sequence[Timed], *, budget: float, rounds: tuple[int, int], **row: Any) -> list[Row]:
     """Time contenders interleaved, in milliseconds per step, and their ratios to the first.
 
     Args:
-        contenders: each with its package and the number of steps of a run.
         rounds: at least and at most.
+
+    Raises:
+        WrongResultError: ours uses more threads than it may. (A peer that does is only reported.)
     """
     threads = row["threads"]
-    for entry, package, _ in contenders:
-        used = threads_used(entry.run)
+    times = measure([e.counted() for e in entries], budget=budget, min_rounds=rounds[0], max_rounds=rounds[1])
+    per_step = [times[entry.contender.name] / entry.steps for entry in entries]
+    first = entries[0].contender.name
+    rows = []
+    for entry, seconds in zip(entries, per_step, strict=True):
+        name, used = entry.contender.name, entry.processors / entry.wall
         if used > threads + 0.15:
-            sentence = f"{entry.name} keeps {used:.2f} processors busy, {threads} allowed"
-            if package == "cortexloop":
+            sentence = f"{name} kept {used:.2f} processors busy, {threads} allowed"
+            if entry.package == "cortexloop":
                 raise WrongResultError(sentence)
             print(sentence, file=sys.stderr)
-    times = measure([c for c, _, _ in contenders], budget=budget, min_rounds=rounds[0], max_rounds=rounds[1])
-    per_step = {entry.name: times[entry.name] / steps for entry, _, steps in contenders}
-    first = contenders[0][0].name
-    rows = []
-    for entry, package, _ in contenders:
-        q50, q20, q80 = quantiles(per_step[entry.name] * 1e3)
-        ratio, ratio_q20, ratio_q80 = quantiles(per_step[entry.name] / per_step[first])
+        q50, q20, q80 = quantiles(seconds * 1e3)
+        ratio, ratio_q20, ratio_q80 = quantiles(seconds / per_step[0])
         rows.append(
             _row(
-                name=entry.name, package=package, metric="time",
-                q50=q50, q20=q20, q80=q80, rounds=len(per_step[entry.name]),
+                name=name, package=entry.package, metric="time", q50=q50, q20=q20, q80=q80, rounds=len(seconds),
                 ratio_to=first, ratio=ratio, ratio_q20=ratio_q20, ratio_q80=ratio_q80, **row,
             )
         )  # fmt: skip
@@ -329,13 +346,18 @@ def timed(
 CASE = f"dim {DIM}, population {POPULATION}"
 
 
+def rows_of_steps(taking_part: Sequence[Peer], problems: int, case: str, **timing: Any) -> list[Row]:
+    """Rows of `ask` and `tell`; ours come first."""
+    where = {"problems": problems, "case": case, "direction": "optimiser step", "unit": "ms/step"}
+    return timed([steps_of(peer) for peer in taking_part], **where, **timing)
+
+
 def _steps(names: Sequence[str], others: Sequence[Peer], problems: int, **timing: Any) -> list[Row]:
-    """Rows for our optimisers and those peers that work."""
+    """Rows of our optimisers and of those peers that work."""
     for name in names:
         check_candidate(name, problems)
     taking_part = [*(candidate(name, problems) for name in names), *(p for p in others if works(p, problems))]
-    entries = [(contender(p), p.package, p.generations) for p in taking_part]
-    return timed(entries, problems=problems, case=CASE, direction="optimiser step", unit="ms/step", **timing)
+    return rows_of_steps(taking_part, problems, CASE, **timing)
 
 
 # --- the parts: each returns rows -----------------------------------------------------------------------------------
@@ -371,20 +393,117 @@ def part_step(threads: int, budget: float) -> list[Row]:
 
 
 def part_full(threads: int, budget: float) -> list[Row]:
-    """ask + tell of one problem against full covariance matrices; whole periods of their decompositions."""
+    """ask + tell of one problem against full covariance matrices, each on its own; whole periods of decompositions.
+
+    Between two steps of one, another's gigabytes would be given back to the system and be slow to get again.
+    """
     size = (1, DIM, POPULATION, SIGMA)
-    others = [
-        peers.pycma_full(*size),
-        peers.evotorch_cma(*size, separable=False),
-        peers.evosax("CMA_ES", *size),
+    makers: list[Callable[[], Peer]] = [
+        lambda: peers.pycma_full(*size),
+        lambda: peers.evotorch_cma(*size, separable=False),
+        lambda: peers.evosax("CMA_ES", *size),
     ]
-    rows = _steps((CHOLESKY,), others, 1, threads=threads, budget=budget, rounds=(3, 3))
+    rows = []
+    for make in makers:
+        rows += _steps((CHOLESKY,), [make()], 1, threads=threads, budget=budget, rounds=(3, 3))
     return [row for row in rows if row.backend != CHOLESKY]  # its own row comes from the part "step", with more rounds
+
+
+class Generations:
+    """Complete generations of several problems, each with a model of its own: ours as one batch, and in plain torch.
+
+    Evolutions in plain torch run one after another, as labs run them, so one of them has its state in memory at a time.
+    """
+
+    def __init__(self, case: Case, problems: int, dim: int = DIM) -> None:
+        models = [case.models[index % len(case.models)] for index in range(problems)]
+        size = models[0].height, models[0].width
+        self.problems, self.dim, self.bank = problems, dim, cl.ModelBank.from_weights(models)
+        self.generator = evolve.FourierGenerator(*size, dim)
+        self.networks = [torch_network(model, folded=False) for model in models]
+        layout = self.generator._layout  # which frequency each entry of a code belongs to
+        cosines = peers.PlainCosines(
+            *size, layout.axis, layout.ky, layout.kx, layout.amplitudes(), evolve.generators.base.COLOUR_AXES
+        )
+        self.plain = peers.PlainEvolution(self.networks[0], cosines, models[0].image_mean, dim, POPULATION, SIGMA)
+        self.turn = 0
+        self.shares: list[float] = []
+        self.evolution = self.new()
+
+    def new(self) -> evolve.Evolution:
+        """Ours, at its first generation."""
+        optimiser = evolve.CholeskyCMA(self.dim, problems=self.problems, population=POPULATION, sigma=SIGMA)
+        objective = evolve.BankObjective(self.bank, range(self.problems))
+        return evolve.Evolution(objective, optimiser, self.generator)
+
+    def run(self) -> None:
+        """A period of all problems, ours; sessions start anew."""
+        if self.evolution.optimiser.generation + PERIOD > SESSION:
+            self.evolution = self.new()
+        for _ in range(PERIOD):
+            seconds = self.evolution.step().seconds
+            self.shares.append(seconds["optimise"] / sum(seconds.values()))
+
+    def run_plain(self) -> None:
+        """A period of one problem in plain torch; problems take turns."""
+        self.plain.network = self.networks[self.turn % self.problems]
+        self.turn += 1
+        for _ in range(PERIOD):
+            self.plain.step()
+
+    def check(self) -> None:
+        """Both sides give the same scores to codes, but for our rounding of images to 8 bits.
+
+        Raises:
+            WrongResultError: they do not.
+        """
+        rng = np.random.default_rng(0)
+        codes = torch.from_numpy(SIGMA * rng.standard_normal((self.problems, POPULATION, self.dim))).float()
+        scores = self.evolution.clean_scores(codes)
+        for network, own_codes, own_scores in zip(self.networks, codes, scores, strict=True):
+            self.plain.network = network
+            with torch.no_grad():
+                expected = self.plain.scores(own_codes).double()
+            error = float((own_scores - expected).abs().max() / expected.std())
+            if error > SCORE_LIMIT:
+                raise WrongResultError(
+                    f"scores differ by {error:.3g} standard deviations, at most {SCORE_LIMIT:g} is right"
+                )
+
+
+def rows_of_generations(both: Generations, models: str, threads: int, **timing: Any) -> list[Row]:
+    """Rows of complete generations and of the optimiser's share in ours."""
+    case = f"{models}, Fourier generator, dim {both.dim}, population {POPULATION}"
+    where = {"problems": both.problems, "case": case, "direction": "generation", "threads": threads}
+    entries = [
+        Timed(Contender(OURS, both.run, lambda: np.empty(0)), "cortexloop", PERIOD * both.problems),
+        Timed(Contender(PLAIN, both.run_plain, lambda: np.empty(0)), "torch", PERIOD),
+    ]
+    rows = timed(entries, unit="ms/generation of one problem", **where, **timing)
+    q50, q20, q80 = quantiles(np.asarray(both.shares))
+    share = _row(
+        name=OURS, package="cortexloop", metric="optimiser's share", unit="1",
+        q50=q50, q20=q20, q80=q80, rounds=len(both.shares), **where,
+    )  # fmt: skip
+    return [*rows, share]
+
+
+def part_generation(threads: int, budget: float) -> list[Row]:
+    """Complete generations of 1, 16 and 64 problems; a run goes from one covariance update to the next."""
+    models = all_models()
+    rows = []
+    for problems in (1, 16, 64):
+        check_candidate(CHOLESKY, problems)
+        both = Generations(models, problems)
+        both.check()
+        rows += rows_of_generations(both, models.name, threads, budget=budget, rounds=(3, 6))
+    return rows
 
 
 PARTS: dict[str, Callable[[int, float], list[Row]]] = {
     "step": part_step,
     "full": part_full,
+    "generation": part_generation,
 }
 
 

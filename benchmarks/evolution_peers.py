@@ -282,3 +282,116 @@ def _jax_batch(ask: Any, tell: Any, init: Any, keys: Any, form: str) -> tuple[Ca
         held[1] = codes
 
     return step, states
+
+
+# --- an evolution in plain torch --------------------------------------------------------------------------------------
+
+
+class PlainEvolution:
+    """One closed-loop evolution as it is commonly written: optimiser, generator and network, one line after another.
+
+    The optimiser is the Cholesky CMA-ES with its two dense matrices, in float32 (published implementations in NumPy use
+    float64, which is slower). The network gets float images; nothing is rounded to 8 bits.
+
+    Args:
+        network: images [m, 3, H, W] recentred -> [m, 1].
+        generator: codes [m, dim] -> images [m, 3, H, W] in [0, 1].
+        image_mean: [3] what recentring subtracts, on the scale of 0 to 255.
+    """
+
+    batch = 8  # images at once; with 40 it takes four times as long, as then every map comes fresh from the system
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        generator: Callable[[torch.Tensor], torch.Tensor],
+        image_mean: NDArray[np.floating[Any]],
+        dim: int,
+        population: int,
+        sigma: float,
+    ) -> None:
+        self.network, self.generator = network, generator
+        self.image_mean = torch.as_tensor(np.asarray(image_mean, dtype=np.float32))[:, None, None]
+        self.dim, self.population, self.sigma = dim, population, sigma
+        self.parents = population // 2
+        weights = math.log(self.parents + 0.5) - torch.arange(1, self.parents + 1).log()
+        self.weights = weights / weights.sum()
+        self.mu_eff = float(1 / self.weights.square().sum())
+        self.c_c = 4 / (dim + 4)
+        self.c_1 = 2 / (dim + 2**0.5) ** 2
+        self.c_s = self.mu_eff**0.5 / (self.mu_eff**0.5 + dim**0.5)
+        self.damping = 1 + self.c_s + 2 * max(0.0, ((self.mu_eff - 1) / (dim + 1)) ** 0.5 - 1)
+        self.expected_length = dim**0.5 * (1 - 1 / (4 * dim) + 1 / (21 * dim**2))
+        self.mean, self.path_s, self.path_c = (torch.zeros(dim) for _ in range(3))
+        self.factor, self.inverse = torch.eye(dim), torch.eye(dim)
+        self.since_update = 0
+
+    def scores(self, codes: torch.Tensor) -> torch.Tensor:
+        """[m] responses to the images of codes [m, dim]."""
+        parts = codes.split(self.batch)
+        return torch.cat([self.network(self.generator(part) * 255 - self.image_mean)[:, 0] for part in parts])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One generation."""
+        z = torch.randn(self.population, self.dim)
+        codes = self.mean + self.sigma * (z @ self.factor)
+        self.update(z, codes, self.scores(codes))
+
+    def update(self, z: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor) -> None:
+        """Learn from the scores of codes = mean + sigma z A."""
+        best = scores.argsort(descending=True)[: self.parents]
+        chosen = self.weights @ z[best]
+        self.mean = self.weights @ codes[best]
+        self.path_s = (1 - self.c_s) * self.path_s + (self.c_s * (2 - self.c_s) * self.mu_eff) ** 0.5 * chosen
+        step = chosen @ self.factor
+        self.path_c = (1 - self.c_c) * self.path_c + (self.c_c * (2 - self.c_c) * self.mu_eff) ** 0.5 * step
+        self.sigma *= math.exp(self.c_s / self.damping * (float(self.path_s.norm()) / self.expected_length - 1))
+        self.since_update += self.population
+        if self.since_update > 10 * self.population:
+            self.since_update = 0
+            v = self.path_c @ self.inverse
+            n = float(v @ v)
+            r = (1 + n * self.c_1 / (1 - self.c_1)) ** 0.5
+            self.factor = (1 - self.c_1) ** 0.5 * (self.factor + (r - 1) / n * torch.outer(v, self.path_c))
+            self.inverse -= (1 - 1 / r) / n * torch.outer(self.inverse @ v, v)
+            self.inverse /= (1 - self.c_1) ** 0.5
+
+
+class PlainCosines:
+    """The images of `FourierGenerator` by the definition of its cosine transform: two matrix products and a mixture.
+
+    Args:
+        axis, row, column, amplitude: [dim] which colour axis and frequency a coefficient belongs to, and its factor.
+        axes: [3, 3] colour axes, rows in RGB.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        axis: NDArray[np.integer[Any]],
+        row: NDArray[np.integer[Any]],
+        column: NDArray[np.integer[Any]],
+        amplitude: NDArray[np.floating[Any]],
+        axes: NDArray[np.floating[Any]],
+    ) -> None:
+        self.height, self.width = height, width
+        self.place = torch.as_tensor((axis * height + row) * width + column)
+        self.amplitude = torch.as_tensor(amplitude, dtype=torch.float32)
+        self.axes = torch.as_tensor(axes, dtype=torch.float32)
+        self.rows, self.columns = self.cosines(height), self.cosines(width)
+
+    @staticmethod
+    def cosines(n: int) -> torch.Tensor:
+        """[n, n] orthonormal DCT-II, one frequency per row."""
+        k, x = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+        basis = (math.pi * k * (x + 0.5) / n).cos() * (2 / n) ** 0.5
+        basis[0] /= 2**0.5
+        return basis.float()
+
+    def __call__(self, codes: torch.Tensor) -> torch.Tensor:
+        spectrum = codes.new_zeros(len(codes), 3 * self.height * self.width)
+        spectrum[:, self.place] = codes * self.amplitude
+        fields = self.rows.T @ spectrum.view(-1, 3, self.height, self.width) @ self.columns
+        return torch.einsum("ac,mahw->mchw", self.axes, fields).sigmoid()
