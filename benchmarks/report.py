@@ -1,6 +1,6 @@
-"""From recorded rows to the README's performance table, and to the list of targets.
+"""From recorded rows to the README's tables of performance and of evolution, and to the list of targets.
 
-python benchmarks/report.py            write the table between the README's markers
+python benchmarks/report.py            write the tables between the README's markers
 python benchmarks/report.py --check    exit code 1 if the README says anything else
 python benchmarks/report.py --targets  measured ratios beside the ratios aimed at
 """
@@ -17,9 +17,14 @@ from record import RESULTS, read
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+EVOLUTION_BEGIN, EVOLUTION_END = "<!-- evolution:begin -->", "<!-- evolution:end -->"
 
 REDUCED = ("OpenVINO bf16",)  # compared with the fast kernel, others with the exact one
 EXACT, FAST, PEAK = "cortexloop exact", "cortexloop fast", "fp32 FMA peak of one core"
+
+CHOLESKY, DIAGONAL, WHOLE = "cortexloop CholeskyCMA", "cortexloop DiagonalCMA", "cortexloop"
+FULL = ("pycma, full covariance", "EvoTorch CMAES, full covariance", "evosax CMA_ES")  # compared with CholeskyCMA
+BATCHED = ("jax.vmap", "jax.lax.map", "batched")  # last words of the names of what is no loop over problems
 
 Recorded = dict[str, str]
 KEY = ("machine", "case", "batch", "op", "direction", "backend", "threads", "metric")
@@ -126,7 +131,8 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
 
 
 def report(rows: Sequence[Recorded]) -> str:
-    """The text between the markers; nothing where nothing was recorded."""
+    """The text between the first markers; nothing where nothing was recorded."""
+    rows = [row for row in rows if row["op"] != "evolution"]
     if not rows:
         return ""
     out: list[str] = []
@@ -151,17 +157,102 @@ def report(rows: Sequence[Recorded]) -> str:
     return "\n".join(out).rstrip("\n") + "\n"
 
 
-def with_table(readme: str, text: str) -> str:
+def _problems_title(threads: str, problems: str) -> str:
+    return f"{threads} thread{'s' if threads != '1' else ''}, {problems} problem{'s' if problems != '1' else ''}"
+
+
+def optimisers(rows: Sequence[Recorded]) -> list[str]:
+    """Optimisers down, (threads, problems) across: milliseconds per step, and how much faster ours of that kind is."""
+    columns = _columns(rows)
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    lines = []
+    for name in sorted(names, key=lambda n: (n not in (CHOLESKY, DIAGONAL), n not in FULL)):
+        cells, label = [], name
+        for threads, batch in columns:
+            here = select(rows, threads=threads, batch=batch)
+            found, same = select(here, backend=name), select(here, backend=CHOLESKY if name in FULL else DIAGONAL)
+            if not found:
+                cells.append("")
+            elif name in (CHOLESKY, DIAGONAL):
+                cells.append(f"**{number(found[0]['q50'])}**")
+                label = f"**{name}**"
+            else:
+                ratio = f" ({number(str(float(found[0]['ratio']) / float(same[0]['ratio'])))}x)" if same else ""
+                cells.append(f"{number(found[0]['q50'])}{ratio}")
+                label = f"{name} ({found[0]['version']})"
+        lines.append([label, *cells])
+    return table(["ms per step", *[_problems_title(*c) for c in columns]], lines)
+
+
+def generations(rows: Sequence[Recorded]) -> list[str]:
+    """Ours and plain torch down, (threads, problems) across: generations per second of one problem."""
+    timed = select(rows, metric="time")
+    columns = _columns(timed)
+    lines = []
+    for name in dict.fromkeys(row["backend"] for row in timed):
+        cells = []
+        for threads, batch in columns:
+            found = select(timed, backend=name, threads=threads, batch=batch)
+            if not found:
+                cells.append("")
+                continue
+            rate = number(str(1000 / float(found[0]["q50"])))
+            cells.append(f"**{rate}**" if name == WHOLE else f"{rate} ({number(found[0]['ratio'])}x)")
+        lines.append([f"**{name}**" if name == WHOLE else name, *cells])
+    shares = {(row["threads"], row["batch"]): row for row in select(rows, metric="optimiser's share")}
+    if shares:
+        cells = [f"{100 * float(shares[c]['q50']):.1f} %" if c in shares else "" for c in columns]
+        lines.append(["the optimiser's share of cortexloop's time", *cells])
+    return table(["generations of one problem per second", *[_problems_title(*c) for c in columns]], lines)
+
+
+def evolution_report(rows: Sequence[Recorded]) -> str:
+    """The text between the second markers; nothing where nothing was recorded."""
+    rows = select(rows, op="evolution")
+    out: list[str] = []
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        here = select(rows, machine=machine)
+        out += [f"Measured on {here[-1]['cpu_or_gpu']} (`{machine}`), candidate and peers alternating in one process;"]
+        out += [
+            "medians. A step is `ask` and `tell` for all problems, over a session of 75 generations; peers loop over"
+        ]
+        out += [
+            "problems unless said otherwise. In brackets: how many times longer than cortexloop (full covariance: than"
+        ]
+        out += ["CholeskyCMA; all others: than DiagonalCMA).", ""]
+        for case in dict.fromkeys(row["case"] for row in select(here, direction="optimiser step")):
+            steps = select(here, direction="optimiser step", case=case)
+            out += [f"**Optimisers, {case}**", "", *optimisers(steps), ""]
+        for case in dict.fromkeys(row["case"] for row in select(here, direction="generation")):
+            whole = select(here, direction="generation", case=case)
+            out += [f"**Complete generations, {case}**", "", *generations(whole), ""]
+    return "\n".join(out).rstrip("\n") + "\n" if out else ""
+
+
+def with_table(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with the text between its markers.
 
     Raises:
         ValueError: the README lacks the markers.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md needs the markers {BEGIN} and {END} once each")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"README.md needs the markers {begin} and {end} once each")
+    before, rest = readme.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n{text}{end}{after}"
+
+
+def with_tables(readme: str, rows: Sequence[Recorded]) -> str:
+    """The README with all its tables. The second one's markers may be missing while nothing was recorded for it.
+
+    Raises:
+        ValueError: the README lacks markers.
+    """
+    readme = with_table(readme, report(rows))
+    evolution = evolution_report(rows)
+    if evolution or EVOLUTION_BEGIN in readme:
+        readme = with_table(readme, evolution, EVOLUTION_BEGIN, EVOLUTION_END)
+    return readme
 
 
 @dataclass(frozen=True)
@@ -205,6 +296,38 @@ def _worst_error(rows: Sequence[Recorded]) -> float | None:
     return float(found[FAST][-1]["q50"]) / float(found["OpenVINO bf16"][-1]["q50"])
 
 
+def _best_loop(problems: str, threads: str) -> Callable[[Sequence[Recorded]], float | None]:
+    """How many times faster our slower optimiser is than the fastest loop of a peer over the problems."""
+    where = {"op": "evolution", "direction": "optimiser step", "batch": problems, "threads": threads, "metric": "time"}
+
+    def measured(rows: Sequence[Recorded]) -> float | None:
+        found = select(rows, **where)
+        ours = [float(row["ratio"]) for row in found if row["backend"] in (CHOLESKY, DIAGONAL)]
+        loops = [row for row in found if row["backend"] not in (CHOLESKY, DIAGONAL, *FULL)]
+        theirs = [float(row["ratio"]) for row in loops if not row["backend"].endswith(BATCHED)]
+        return min(theirs) / max(ours) if ours and theirs else None
+
+    return measured
+
+
+def _largest_share(rows: Sequence[Recorded]) -> float | None:
+    return max((float(row["q50"]) for row in select(rows, metric="optimiser's share")), default=None)
+
+
+def evolution_targets() -> list[Target]:
+    """The targets for evolution on a CPU."""
+    aims = []
+    for threads in ("1", "2"):
+        where = {"op": "evolution", "direction": "optimiser step", "batch": "1", "threads": threads}
+        for slow, fast, aim in ((FULL[0], CHOLESKY, 100), ("pycma, diagonal", DIAGONAL, 5)):
+            what = f"{fast} against {slow}, {threads} thread(s), 1 problem"
+            aims.append(Target(what, _ratio(slow, fast, case="dim", **where), at_least=aim))
+        what = f"256 problems against the fastest loop over a peer, {threads} thread(s)"
+        aims.append(Target(what, _best_loop("256", threads), at_least=10))
+    aims.append(Target("largest share of the optimiser in a generation", _largest_share, at_most=0.1))
+    return aims
+
+
 def targets() -> list[Target]:
     """The targets for a CPU."""
     forward = {"op": "bank", "direction": "forward", "threads": "1"}
@@ -235,7 +358,7 @@ def targets() -> list[Target]:
         where = {"op": "bank, AVX2 kernels", "batch": batch, "threads": "1"}
         measured = _ratio("torch.compile", EXACT, **where)
         aims.append(Target(f"AVX2 against torch.compile, 1 thread, {batch} image(s)", measured, at_least=1.3))
-    return aims
+    return [*aims, *evolution_targets()]
 
 
 def main() -> int:
@@ -250,7 +373,7 @@ def main() -> int:
             print(machine, *[target.line(select(rows, machine=machine)) for target in targets()], sep="\n")
         return 0
     readme = README.read_text(encoding="utf-8")
-    wanted = with_table(readme, report(rows))
+    wanted = with_tables(readme, rows)
     if options.check:
         if wanted != readme:
             print("README.md differs from the recorded rows; run: python benchmarks/report.py", file=sys.stderr)
