@@ -68,8 +68,9 @@ class Generator(abc.ABC):
             raise TypeError(f"codes should be a floating-point tensor [..., {self.dim}], got {kind}")
         if codes.ndim == 0 or codes.shape[-1] != self.dim:
             raise ValueError(f"codes should be [..., {self.dim}] for this generator, got {list(codes.shape)}")
-        images = self._images(codes.reshape(-1, self.dim).to(torch.float32))
-        return images.view(*codes.shape[:-1], 3, self.height, self.width)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and codes.requires_grad):
+            images = self._images(codes.reshape(-1, self.dim).to(torch.float32))
+            return images.view(*codes.shape[:-1], 3, self.height, self.width)
 
     @abc.abstractmethod
     def _images(self, codes: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class FormulaGenerator(Generator):
         constants = self._constants(codes.device)
         if len(codes) == 1:
             return self._render(codes.expand(2, -1), constants, None)[:1]
-        if torch.is_grad_enabled() and codes.requires_grad:
+        if torch.is_grad_enabled():
             return self._render(codes, constants, None)
         pixels = self._cpu_pixels if codes.device.type == "cpu" else self._gpu_pixels
         chunk = max(2, pixels // (self.height * self.width))
