@@ -15,11 +15,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cortexloop import ops
+from cortexloop.evolve import streams
 from cortexloop.evolve.optimiser import Optimiser, Selection, keep, positive, whole
 from cortexloop.evolve.recombination import RankWeights
-
-SAMPLES = 0
-"""Stream of the random numbers that codes are made of."""
+from cortexloop.evolve.sums import SplitMatrix
 
 
 def default_population(dim: int) -> int:
@@ -79,7 +78,7 @@ class _StepSizeAdaptation(Optimiser):
         m = selection.codes.shape[1]
         if m not in self._weights:
             self._weights[m] = RankWeights(m, self.population / 2, self.device)  # a first generation of another size
-        weights, mu_eff = self._weights[m].of(selection)
+        weights, mu_eff = self._weights[m].of(selection.rank, selection.shown)
         mean, second = ops.code_moments(selection.codes, weights.to(self.dtype), centre)
         return mean, second, mu_eff
 
@@ -179,6 +178,7 @@ class CholeskyCMA(_StepSizeAdaptation):
         self._v, self._u, self._q = (self._mean.new_zeros(self.n, 0, dim) for _ in range(3))
         self._told = 0
         self._updated = 0
+        self._dense = False
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "update_after": self.update_after}
@@ -189,8 +189,8 @@ class CholeskyCMA(_StepSizeAdaptation):
         return super()._fits(name, shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `Optimiser.state_dict`, with the counts of evaluations."""
-        return {**super().state_dict(), "told": self._told, "updated": self._updated}
+        """As `Optimiser.state_dict`, with the counts of evaluations and the form of the factor."""
+        return {**super().state_dict(), "told": self._told, "updated": self._updated, "dense": self._dense}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `Optimiser.load_state_dict`."""
@@ -198,14 +198,14 @@ class CholeskyCMA(_StepSizeAdaptation):
         if len(ranks) > 1:
             raise ValueError(f"the state's _v, _u and _q should have the same shape, got {sorted(ranks)}")
         super().load_state_dict(state)
-        self._told, self._updated = int(state["told"]), int(state["updated"])
+        self._told, self._updated, self._dense = int(state["told"]), int(state["updated"]), bool(state["dense"])
 
     def _sample(self) -> Tensor:
         scale = (self._sigma * self._scale).to(self.dtype)
         factors = (self._v, self._u) if self._v.shape[1] else None
         return ops.sample_codes(
             self.seed,
-            SAMPLES,
+            streams.CMA,
             self.generation,
             self._ids,
             self.population,
@@ -222,10 +222,10 @@ class CholeskyCMA(_StepSizeAdaptation):
     def _update(self, selection: Selection) -> None:
         mean, _, mu_eff = self._recombine(selection)
         active = selection.active
-        self._told += selection.codes.shape[1]
         if selection.first:
             self._mean = keep(active, mean, self._mean)
             return
+        self._told += selection.codes.shape[1]
         step = (mean - self._mean) / self._column(self._sigma)
         white = self._whiten(step)
         gain = self._column((self.c_c * (2 - self.c_c) * mu_eff).sqrt())
@@ -246,19 +246,30 @@ class CholeskyCMA(_StepSizeAdaptation):
         beta = torch.where(learn, (r - 1) / squared / self._scale, 0.0)
         gamma = torch.where(learn, (1 - 1 / r) / squared, 0.0)
         q = ops.low_rank_product(v, self._v, self._q) if self._v.shape[1] else v
-        self._u = torch.cat((self._u, (self._column(beta) * self._path_c)[:, None]), dim=1)
-        self._q = torch.cat((self._q, (-self._column(gamma) * q)[:, None]), dim=1)
-        self._v = torch.cat((self._v, v[:, None]), dim=1)
+        u = (self._column(beta) * self._path_c)[:, None]
+        q = (-self._column(gamma) * q)[:, None]
         self._scale = torch.where(learn, self._scale * math.sqrt(1 - self.c_1), self._scale)
+        if self._dense:
+            self._u = self._u + v[:, :, None] * u
+            self._q = self._q + v[:, :, None] * q
+            return
+        self._v, self._u, self._q = (
+            torch.cat(rows, dim=1) for rows in ((self._v, v[:, None]), (self._u, u), (self._q, q))
+        )
         if self._v.shape[1] > self.dim:
             self._multiply_out()
 
     def _multiply_out(self) -> None:
-        """The same A and A^-1 with dim factors: V = I."""
-        # One problem at a time: a product of batches may sum in an order that depends on the size of the batch.
-        self._u = torch.stack([v.T @ u for v, u in zip(self._v, self._u, strict=True)])
-        self._q = torch.stack([v.T @ q for v, q in zip(self._v, self._q, strict=True)])
+        """The same A and A^-1 with dim factors, V = I; from here on updates are added to U and Q."""
+        # Factor by factor: a matrix product sums in an order that depends on the number of threads.
+        u, q = (self._v.new_zeros(self.n, self.dim, self.dim) for _ in range(2))
+        for k in range(self._v.shape[1]):
+            column = self._v[:, k, :, None]
+            u = u + column * self._u[:, k, None]
+            q = q + column * self._q[:, k, None]
         self._v = torch.eye(self.dim, dtype=self.dtype, device=self.device).expand(self.n, -1, -1).contiguous()
+        self._u, self._q = u, q
+        self._dense = True
 
 
 class DiagonalCMA(_StepSizeAdaptation):
@@ -305,7 +316,7 @@ class DiagonalCMA(_StepSizeAdaptation):
     def _sample(self) -> Tensor:
         return ops.sample_codes(
             self.seed,
-            SAMPLES,
+            streams.CMA,
             self.generation,
             self._ids,
             self.population,
@@ -393,9 +404,10 @@ class HessianCMA(_StepSizeAdaptation):
         self.c_sigma = math.sqrt(self.mu_eff) / (math.sqrt(self.mu_eff) + math.sqrt(self.cutoff))
         self.damping = _published_damping(self.mu_eff, self.cutoff, self.c_sigma)
         scale = values[kept] ** -self.exponent
-        self._a = (scale[:, None] * vectors[:, kept].T).to(self.device, self.dtype).contiguous()  # [cutoff, dim]
-        self._inverse = (vectors[:, kept] / scale).to(self.device, self.dtype).contiguous()  # [dim, cutoff]
-        self._digest = hashlib.sha256(self._a.cpu().numpy().tobytes()).hexdigest()
+        a = scale[:, None] * vectors[:, kept].T
+        self._digest = hashlib.sha256(a.contiguous().cpu().numpy().tobytes()).hexdigest()
+        self._a = SplitMatrix(a.to(self.device))  # [cutoff, dim]
+        self._inverse = SplitMatrix((vectors[:, kept] / scale).to(self.device))  # [dim, cutoff]
 
     def _path_length(self) -> int:
         return self.cutoff
@@ -404,13 +416,12 @@ class HessianCMA(_StepSizeAdaptation):
         return {**super()._settings(), "exponent": self.exponent, "cutoff": self.cutoff, "metric_sha256": self._digest}
 
     def _sample(self) -> Tensor:
-        z = ops.normals(self.seed, SAMPLES, self.generation, self._ids, self.population, self.cutoff).to(self.dtype)
-        # One problem at a time: a product of another shape may sum in another order.
-        steps = torch.stack([rows @ self._a for rows in z])
+        z = ops.normals(self.seed, streams.CMA, self.generation, self._ids, self.population, self.cutoff)
+        steps = self._a.multiply(z).to(self.dtype)
         return self._mean[:, None] + self._column(self._sigma)[..., None] * steps
 
     def _whiten(self, y: Tensor) -> Tensor:
-        return torch.stack([row @ self._inverse for row in y])
+        return self._inverse.multiply(y).to(self.dtype)
 
     def _update(self, selection: Selection) -> None:
         mean, _, mu_eff = self._recombine(selection)

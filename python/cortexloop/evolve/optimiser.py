@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -123,7 +124,7 @@ class Optimiser(abc.ABC):
 
     @abc.abstractmethod
     def _sample(self) -> Tensor:
-        """The codes of this generation, [n, population, dim]; a pure function of the state."""
+        """The codes of this generation, [n, m, dim] with m of `_sampled`; a pure function of the state."""
 
     @abc.abstractmethod
     def _update(self, selection: Selection) -> None:
@@ -273,10 +274,11 @@ class Optimiser(abc.ABC):
                 f"scores should be [{self.n}, {m}] (problems, codes asked for) or [{self.n}, {m}, repeats], "
                 f"got {list(values.shape)}"
             )
-        values = values.detach().to(self.device, torch.float64)
+        # Only what is in host memory is looked at: reading from another device would wait for it.
         if values.device.type == "cpu" and values.isinf().any():
             raise ValueError("scores should be finite, or NaN for a code that was not shown; got infinity")
-        return values if values.ndim == 2 else values.nanmean(dim=2)
+        values = values.detach().to(self.device, torch.float64)
+        return values if values.ndim == 2 else _mean_of_repeats(values)
 
     def _keep_best(self, selection: Selection, shown_codes: Tensor, values: Tensor) -> None:
         first = selection.order[:, :1]
@@ -351,24 +353,22 @@ class Optimiser(abc.ABC):
             ValueError, TypeError: wrong shape or type, NaN or infinity.
         """
         tensor = self._numbers(name, codes)
-        if tensor.ndim == 2:
-            tensor = tensor[None].expand(self.n, -1, -1)
-        if tensor.ndim != 3 or tensor.shape[0] != self.n or tensor.shape[1] < 1 or tensor.shape[2] != self.dim:
+        each = tensor[None].expand(self.n, -1, -1) if tensor.ndim == 2 else tensor
+        if each.ndim != 3 or each.shape[0] != self.n or each.shape[1] < 1 or each.shape[2] != self.dim:
             raise ValueError(
                 f"{name} should be [k, {self.dim}] or [{self.n}, k, {self.dim}] with k >= 1, got {list(tensor.shape)}"
             )
-        return tensor.contiguous()
+        return each.clone(memory_format=torch.contiguous_format)
 
     def code_per_problem(self, name: str, code: ArrayLike | Tensor | None) -> Tensor:
         """One code for each problem, [n, dim], from [dim] or [n, dim]; zeros for None."""
         if code is None:
             return torch.zeros(self.n, self.dim, dtype=self.dtype, device=self.device)
         tensor = self._numbers(name, code)
-        if tensor.ndim == 1:
-            tensor = tensor[None].expand(self.n, -1)
-        if tuple(tensor.shape) != (self.n, self.dim):
+        each = tensor[None].expand(self.n, -1) if tensor.ndim == 1 else tensor
+        if tuple(each.shape) != (self.n, self.dim):
             raise ValueError(f"{name} should be [{self.dim}] or [{self.n}, {self.dim}], got {list(tensor.shape)}")
-        return tensor.clone()
+        return each.clone(memory_format=torch.contiguous_format)
 
     def _numbers(self, name: str, values: ArrayLike | Tensor) -> Tensor:
         tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
@@ -385,7 +385,7 @@ def keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(active.view(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def whole(name: str, value: int, low: int, high: int) -> int:
+def whole(name: str, value: object, low: int, high: int) -> int:
     """A whole number within bounds.
 
     Raises:
@@ -393,12 +393,13 @@ def whole(name: str, value: int, low: int, high: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} should be a whole number, got {value!r}")
-    if not low <= value <= high:
+    number = int(value)
+    if not low <= number <= high:
         raise ValueError(f"{name} should be from {low} to {high}, got {value}")
-    return int(value)
+    return number
 
 
-def positive(name: str, value: float, *, zero: bool = False) -> float:
+def positive(name: str, value: object, *, zero: bool = False) -> float:
     """A finite positive number (or 0 if that is allowed).
 
     Raises:
@@ -406,12 +407,13 @@ def positive(name: str, value: float, *, zero: bool = False) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} should be a number, got {value!r}")
-    if not (np.isfinite(value) and (value > 0 or (zero and value == 0))):
+    number = float(value)
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise ValueError(f"{name} should be a finite number {'of at least' if zero else 'above'} 0, got {value}")
-    return float(value)
+    return number
 
 
-def fraction(name: str, value: float) -> float:
+def fraction(name: str, value: object) -> float:
     """A number from 0 to 1.
 
     Raises:
@@ -419,17 +421,28 @@ def fraction(name: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} should be a number, got {value!r}")
-    if not 0 <= value <= 1:
+    number = float(value)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} should be from 0 to 1, got {value}")
-    return float(value)
+    return number
 
 
-def _problem_ids(problems: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(problems, numbers.Integral) and not isinstance(problems, bool):
-        return tuple(range(whole("problems", int(problems), 1, 2**31 - 1)))
-    if isinstance(problems, (str, bytes)) or not isinstance(problems, (Sequence, np.ndarray, Tensor)):
+def _mean_of_repeats(values: Tensor) -> Tensor:
+    """Mean over the last axis without the NaNs, NaN where there is nothing else; summed in order."""
+    shown = ~values.isnan()
+    total = torch.zeros_like(values[..., 0])
+    for repeat in range(values.shape[2]):
+        total = torch.where(shown[..., repeat], total + values[..., repeat], total)
+    return total / shown.sum(2)
+
+
+def _problem_ids(problems: object) -> tuple[int, ...]:
+    if isinstance(problems, numbers.Integral):
+        return tuple(range(whole("problems", problems, 1, 2**31 - 1)))
+    listed = problems.tolist() if isinstance(problems, (np.ndarray, Tensor)) else problems
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
         raise TypeError(f"problems should be a number or a sequence of ids, got {problems!r}")
-    ids = tuple(whole("problems", int(p), 0, MAX_PROBLEM) for p in problems)
+    ids = tuple(whole("problems", problem, 0, MAX_PROBLEM) for problem in listed)
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"problems should be at least one id, each once, got {list(ids)[:8]}")
     return ids

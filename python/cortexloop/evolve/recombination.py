@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cortexloop.evolve.optimiser import Selection
-
 
 class RankWeights:
     """Weights by rank, renormalised to sum 1 where fewer codes than parents were shown.
@@ -25,18 +23,21 @@ class RankWeights:
     def __init__(self, population: int, parents: float, device: torch.device) -> None:
         rank = np.arange(1, population + 1)
         raw = np.where(rank <= math.floor(parents), math.log(parents + 0.5) - np.log(rank), 0.0)
-        shown = np.arange(population + 1)[:, None]
-        table = np.where(np.arange(population) < shown, raw, 0)
-        table[1:] /= table[1:].sum(1, keepdims=True)
-        self.table = torch.from_numpy(table).to(device)
-        """Row s: weights by rank if s codes were shown, float64 [population + 1, population]."""
-        squares = (table**2).sum(1)
-        squares[0] = 1.0
-        self.mu_eff_by_shown = torch.from_numpy(1 / squares).to(device)
-        self.mu_eff = float(1 / squares[population])
+        total = np.concatenate(([1.0], np.cumsum(raw)))
+        mass = total**2 / np.concatenate(([1.0], np.cumsum(raw**2)))
+        self.raw = torch.from_numpy(raw).to(device)
+        """By rank, before they are normalised, float64 [population]."""
+        self.total = torch.from_numpy(total).to(device)
+        """What to divide by if this many codes were shown, float64 [population + 1]."""
+        self.mu_eff_by_shown = torch.from_numpy(mass).to(device)
+        self.mu_eff = float(mass[population])
         """Variance effective selection mass, 1 / sum of squared weights."""
 
-    def of(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """(weights float64 [n, population], mu_eff float64 [n])."""
-        weights = self.table[selection.shown].gather(1, selection.rank)
-        return weights, self.mu_eff_by_shown[selection.shown]
+    def of(self, rank: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights float64 [n, m], mu_eff float64 [n]).
+
+        Args:
+            rank: int64 [n, m], the place of each code from 0. shown: int64 [n]; codes of this rank and above weigh 0.
+        """
+        weights = torch.where(rank < shown[:, None], self.raw[rank], 0.0) / self.total[shown][:, None]
+        return weights, self.mu_eff_by_shown[shown]
