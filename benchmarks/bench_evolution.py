@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,11 @@ def best_first(codes: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArr
     return np.asarray(codes[np.argsort(-scores, kind="stable")[: len(scores) // 2]])
 
 
-Recursion = Iterator[NDArray[np.float64]]
+Recursion = Generator[NDArray[np.float64], NDArray[np.float64], None]
 """Yields the codes [m, dim] of the next generation; its `send` takes their scores [m]."""
 
 
-def cholesky_recursion(normals: Callable[[int], NDArray[np.float64]], dim: int, population: int) -> Any:
+def cholesky_recursion(normals: Callable[[int], NDArray[np.float64]], dim: int, population: int) -> Recursion:
     """The published recursion with dense matrices (Suttorp, Hansen & Igel 2009; constants of Wang & Ponce 2022).
 
     Args:
@@ -135,7 +135,7 @@ def cholesky_recursion(normals: Callable[[int], NDArray[np.float64]], dim: int, 
             inverse = (inverse - (1 - 1 / r) / n * np.outer(inverse @ v, v)) / (1 - c_1) ** 0.5
 
 
-def diagonal_recursion(normals: Callable[[int], NDArray[np.float64]], dim: int, population: int) -> Any:
+def diagonal_recursion(normals: Callable[[int], NDArray[np.float64]], dim: int, population: int) -> Recursion:
     """Separable CMA-ES (Ros & Hansen 2008), constants of Hansen's tutorial (2016)."""
     weights = rank_weights(population)
     mu_eff = 1 / np.square(weights).sum()
@@ -175,7 +175,7 @@ def climb(peer: Peer, dim: int, generations: int) -> Iterator[tuple[NDArray[np.f
     """Some generations with scores that grow along the slope: (codes [n, m, dim], scores [n, m]) after each."""
     direction = slope(dim)
     for _ in range(generations):
-        shown = []
+        shown: list[Any] = []
 
         def objective(codes: Any, shown: list[Any] = shown) -> Any:
             values = np.asarray(codes, dtype=np.float64)  # a copy: peers use their memory again
@@ -348,7 +348,7 @@ CASE = f"dim {DIM}, population {POPULATION}"
 
 def rows_of_steps(taking_part: Sequence[Peer], problems: int, case: str, **timing: Any) -> list[Row]:
     """Rows of `ask` and `tell`; ours come first."""
-    where = {"problems": problems, "case": case, "direction": "optimiser step", "unit": "ms/step"}
+    where: dict[str, Any] = {"problems": problems, "case": case, "direction": "optimiser step", "unit": "ms/step"}
     return timed([steps_of(peer) for peer in taking_part], **where, **timing)
 
 
@@ -474,7 +474,7 @@ class Generations:
 def rows_of_generations(both: Generations, models: str, threads: int, **timing: Any) -> list[Row]:
     """Rows of complete generations and of the optimiser's share in ours."""
     case = f"{models}, Fourier generator, dim {both.dim}, population {POPULATION}"
-    where = {"problems": both.problems, "case": case, "direction": "generation", "threads": threads}
+    where: dict[str, Any] = {"problems": both.problems, "case": case, "direction": "generation", "threads": threads}
     entries = [
         Timed(Contender(OURS, both.run, lambda: np.empty(0)), "cortexloop", PERIOD * both.problems),
         Timed(Contender(PLAIN, both.run_plain, lambda: np.empty(0)), "torch", PERIOD),

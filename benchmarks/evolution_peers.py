@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,13 +305,13 @@ class PlainEvolution:
         self,
         network: torch.nn.Module,
         generator: Callable[[torch.Tensor], torch.Tensor],
-        image_mean: NDArray[np.floating[Any]],
+        image_mean: Sequence[float],
         dim: int,
         population: int,
         sigma: float,
     ) -> None:
         self.network, self.generator = network, generator
-        self.image_mean = torch.as_tensor(np.asarray(image_mean, dtype=np.float32))[:, None, None]
+        self.image_mean = torch.tensor(image_mean, dtype=torch.float32)[:, None, None]
         self.dim, self.population, self.sigma = dim, population, sigma
         self.parents = population // 2
         weights = math.log(self.parents + 0.5) - torch.arange(1, self.parents + 1).log()
