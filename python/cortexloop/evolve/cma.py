@@ -153,6 +153,7 @@ class CholeskyCMA(_StepSizeAdaptation):
     """
 
     STATE: ClassVar[tuple[str, ...]] = (*_StepSizeAdaptation.STATE, "_path_c", "_scale", "_v", "_u", "_q")
+    PARTS: ClassVar[tuple[str, ...]] = (*_StepSizeAdaptation.PARTS, "told", "updated", "dense")
 
     def __init__(
         self,
@@ -194,7 +195,8 @@ class CholeskyCMA(_StepSizeAdaptation):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `Optimiser.load_state_dict`."""
-        ranks = {tuple(state["tensors"][name].shape) for name in ("_v", "_u", "_q") if name in state["tensors"]}
+        tensors = state.get("tensors", {})
+        ranks = {tuple(tensors[name].shape) for name in ("_v", "_u", "_q") if name in tensors}
         if len(ranks) > 1:
             raise ValueError(f"the state's _v, _u and _q should have the same shape, got {sorted(ranks)}")
         super().load_state_dict(state)

@@ -82,6 +82,8 @@ class Optimiser(abc.ABC):
 
     STATE: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold the state, tensors whose first axis is the problem."""
+    PARTS: ClassVar[tuple[str, ...]] = ("settings", "generation", "asked", "tensors")
+    """What `state_dict` has."""
 
     def __init__(
         self,
@@ -263,12 +265,7 @@ class Optimiser(abc.ABC):
 
     def _read_scores(self, scores: ArrayLike | Tensor, m: int) -> Tensor:
         """float64 [n, m] on the device, repeats averaged."""
-        try:
-            values = torch.as_tensor(scores) if isinstance(scores, Tensor) else torch.as_tensor(np.asarray(scores))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"scores should be an array of real numbers, got {scores!r:.80}") from error
-        if values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"scores should be real numbers, got {values.dtype}")
+        values = _real("scores", scores)
         if values.shape[:2] != (self.n, m) or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] < 1):
             raise ValueError(
                 f"scores should be [{self.n}, {m}] (problems, codes asked for) or [{self.n}, {m}, repeats], "
@@ -277,7 +274,7 @@ class Optimiser(abc.ABC):
         # Only what is in host memory is looked at: reading from another device would wait for it.
         if values.device.type == "cpu" and values.isinf().any():
             raise ValueError("scores should be finite, or NaN for a code that was not shown; got infinity")
-        values = values.detach().to(self.device, torch.float64)
+        values = values.to(self.device, torch.float64).contiguous()
         return values if values.ndim == 2 else _mean_of_repeats(values)
 
     def _keep_best(self, selection: Selection, shown_codes: Tensor, values: Tensor) -> None:
@@ -308,16 +305,20 @@ class Optimiser(abc.ABC):
         """Go on from a state of an optimiser with the same settings. Nothing changes if it does not fit.
 
         Raises:
-            ValueError: settings differ (the message names the first that does), or a tensor is missing or of the wrong
+            ValueError: settings differ (the message names the first that does), or something is missing or of the wrong
                 shape.
         """
-        ours, theirs = self.settings(), state["settings"]
-        for name in sorted(ours.keys() | theirs.keys()):
+        ours = self.settings()
+        theirs = state.get("settings", ours)
+        for name in (*ours, *sorted(theirs.keys() - ours.keys())):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"the state belongs to another run: its {name} is {theirs.get(name)!r}, "
                     f"here it is {ours.get(name)!r}"
                 )
+        for part in self.PARTS:
+            if part not in state:
+                raise ValueError(f"the state lacks {part!r}")
         tensors: dict[str, Tensor] = state["tensors"]
         for name in self._tensor_names():
             if name not in tensors:
@@ -325,14 +326,13 @@ class Optimiser(abc.ABC):
             expected, got = getattr(self, name).shape, tensors[name].shape
             if not self._fits(name, got):
                 raise ValueError(f"the state's {name} should have the shape {list(expected)}, got {list(got)}")
+        injected, first = (
+            self.codes_like(name, tensors[name]) if name in tensors else None for name in ("_injected", "_first")
+        )
         for name in self._tensor_names():
             here: Tensor = getattr(self, name)
             setattr(self, name, tensors[name].to(here.device, here.dtype, copy=True))
-        self._injected = self._first = None
-        if "_injected" in tensors:
-            self._injected = self.codes_like("_injected", tensors["_injected"])
-        if "_first" in tensors:
-            self._first = self.codes_like("_first", tensors["_first"])
+        self._injected, self._first = injected, first
         self.generation = int(state["generation"])
         self._pending = None
         if state["asked"]:
@@ -371,10 +371,7 @@ class Optimiser(abc.ABC):
         return each.clone(memory_format=torch.contiguous_format)
 
     def _numbers(self, name: str, values: ArrayLike | Tensor) -> Tensor:
-        tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-        if tensor.is_complex() or tensor.dtype == torch.bool:
-            raise TypeError(f"{name} should be real numbers, got {tensor.dtype}")
-        tensor = tensor.to(self.device, self.dtype)
+        tensor = _real(name, values).to(self.device, self.dtype)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} should be finite, got NaN or infinity")
         return tensor
@@ -413,8 +410,8 @@ def positive(name: str, value: object, *, zero: bool = False) -> float:
     return number
 
 
-def fraction(name: str, value: object) -> float:
-    """A number from 0 to 1.
+def fraction(name: str, value: object, highest: int = 1) -> float:
+    """A number from 0 to `highest`.
 
     Raises:
         TypeError: not a number. ValueError: out of bounds.
@@ -422,9 +419,19 @@ def fraction(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} should be a number, got {value!r}")
     number = float(value)
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} should be from 0 to 1, got {value}")
+    if not 0 <= number <= highest:
+        raise ValueError(f"{name} should be from 0 to {highest}, got {value}")
     return number
+
+
+def _real(name: str, values: ArrayLike | Tensor) -> Tensor:
+    try:
+        tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} should be an array of real numbers, got {values!r:.80}") from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} should be real numbers, got {tensor.dtype}")
+    return tensor
 
 
 def _mean_of_repeats(values: Tensor) -> Tensor:
