@@ -69,12 +69,13 @@ class Generator(abc.ABC):
         if codes.ndim == 0 or codes.shape[-1] != self.dim:
             raise ValueError(f"codes should be [..., {self.dim}] for this generator, got {list(codes.shape)}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and codes.requires_grad):
-            images = self._images(codes.reshape(-1, self.dim).to(torch.float32))
+            flat = codes.reshape(-1, self.dim).to(torch.float32)
+            images = self._images(flat) if len(flat) else flat.new_empty(0, 3, self.height, self.width)
             return images.view(*codes.shape[:-1], 3, self.height, self.width)
 
     @abc.abstractmethod
     def _images(self, codes: Tensor) -> Tensor:
-        """[b, dim] float32 -> contiguous [b, 3, height, width] float32."""
+        """[b, dim] float32 -> contiguous [b, 3, height, width] float32; b is 1 or more."""
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -105,8 +106,6 @@ class FormulaGenerator(Generator):
         """[b, dim] -> [b, 3, height, width], written to `out` if given; b is 2 or more."""
 
     def _images(self, codes: Tensor) -> Tensor:
-        if not len(codes):
-            return codes.new_empty(0, 3, self.height, self.width)
         constants = self._constants(codes.device)
         if len(codes) == 1:
             return self._render(codes.expand(2, -1), constants, None)[:1]

@@ -133,7 +133,7 @@ class BigGANGenerator(Generator):
                     f"{list(found.shape)}; give height and width of its images"
                 )
             images.append(((found[: len(part)].to(torch.float32) + 1) / 2).clamp(0, 1).to(codes.device))
-        return torch.cat(images) if images else codes.new_empty(0, 3, self.height, self.width)
+        return torch.cat(images)
 
     def _vectors(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and class vectors of codes, each [b, ...]."""

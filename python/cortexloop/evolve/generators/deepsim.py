@@ -231,7 +231,7 @@ class DeePSimGenerator(Generator):
         for part in torch.split(codes.to(like.device, like.dtype), batch):
             filled = torch.cat((part, part.new_zeros(batch - len(part), self.dim)))
             images.append(self.network(filled)[: len(part)].to(codes.device))
-        return torch.cat(images) if images else codes.new_empty(0, 3, self.height, self.width)
+        return torch.cat(images)
 
 
 class _Colours(nn.Module):

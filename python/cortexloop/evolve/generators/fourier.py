@@ -38,7 +38,7 @@ class FourierGenerator(FormulaGenerator):
 
     Args:
         height, width: of the images, in pixels.
-        dim: number of coefficients, at most 3 height width.
+        dim: number of coefficients, at most 3 height width. None: 4096, as in published evolutions, or all there are.
         seed: taken like by other generators, and unused: nothing here is random.
 
     Raises:
@@ -47,7 +47,7 @@ class FourierGenerator(FormulaGenerator):
 
     name = "fourier"
 
-    def __init__(self, height: int, width: int, dim: int | None = 4096, seed: int = 0) -> None:
+    def __init__(self, height: int, width: int, dim: int | None = None, seed: int = 0) -> None:
         height, width = check_size(height, width)
         most = 3 * height * width
         count = min(4096, most) if dim is None else whole("dim", dim, 1, most)
