@@ -56,7 +56,7 @@ def pixel_metric(
 def _apply(generator: Generator, codes: Tensor, directions: Tensor) -> Tensor:
     """mean_k J_k^T J_k / (3 H W) directions; directions float64 [dim, r]."""
     parts = []
-    for chunk in directions.T.float().split(AT_ONCE):
+    for chunk in torch.split(directions.T.float(), AT_ONCE):
         total = torch.zeros_like(chunk, dtype=torch.float64)
         for code in codes:
             total += _gram(generator, code, chunk).double()

@@ -186,8 +186,8 @@ class ModuleObjective(Objective):
             parts = [self.module(self._prepared(flat[i : i + self.batch])) for i in range(0, k * m, self.batch)]
             features = torch.cat(parts)
             if self.readout is not None:
-                return self.readout(features.unflatten(0, (k, m)), problems)
-            features = features.flatten(1).unflatten(0, (k, m))
+                return self.readout(features.view(k, m, *features.shape[1:]), problems)
+            features = features.reshape(k, m, -1)
             which = torch.as_tensor(problems)
             if self.units is not None:
                 if int(self.units.max()) >= features.shape[2]:
@@ -201,7 +201,8 @@ class ModuleObjective(Objective):
                 raise ValueError(
                     f"weights have {self.weights.shape[1]} columns, the module has {features.shape[2]} features"
                 )
-            return torch.einsum("kmf,kf->km", features.float(), self.weights[which].to(features.device))
+            readouts = self.weights[which].to(features.device)
+            return torch.bmm(features.float(), readouts[:, :, None])[..., 0]
 
     def _prepared(self, images: Tensor) -> Tensor:
         return images if self.preprocess is None else self.preprocess(images)

@@ -35,7 +35,9 @@ def _words(seed: int, stream: int, step: int, problems: Tensor, rows: int, colum
     device = problems.device
     block = torch.arange(groups * LANES, device=device).view(1, 1, groups, LANES)
     row = (torch.arange(rows, device=device) | stream << 24).view(1, rows, 1, 1)
-    c0, c1, c2, c3 = torch.broadcast_tensors(block, row, torch.full_like(row, step), problems.view(-1, 1, 1, 1))
+    shape = (problems.shape[0], rows, groups, LANES)
+    counter = (block, row, torch.full_like(row, step), problems.view(-1, 1, 1, 1))
+    c0, c1, c2, c3 = (part.expand(shape) for part in counter)
     key0, key1 = seed & _MASK, seed >> 32
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
@@ -90,7 +92,7 @@ def _ordered_sum(x: Tensor) -> Tensor:
     missing = -x.shape[-1] % PARTIAL_SUMS
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
-    parts = x.unflatten(-1, (-1, PARTIAL_SUMS)).unbind(-2)
+    parts = x.reshape(*x.shape[:-1], -1, PARTIAL_SUMS).unbind(-2)
     total = torch.zeros_like(parts[0])
     for part in parts:
         total = total + part
