@@ -17,9 +17,11 @@ import cortexloop as cl
 every = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture
-def restore_torch_threads() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tensors are small here: threads would only wait for each other."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -44,9 +46,7 @@ def test_bits_do_not_depend_on_the_split(name: str, data: st.DataObject):
 
 @every
 @pytest.mark.parametrize("dim", [20, 700])
-def test_bits_do_not_depend_on_the_number_of_threads(
-    name: str, dim: int, restore_threads: None, restore_torch_threads: None
-):
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, dim: int, restore_threads: None):
     if name == "cholesky-cma-dense" and dim > 100:
         pytest.skip("the covariance becomes dense after `dim` generations: many seconds")
     if name == "hessian-cma" and dim > 100:
