@@ -36,7 +36,7 @@ MAX_SIDE = 4096
 
 
 class Generator(abc.ABC):
-    """Makes images of codes; each image depends on its own code alone, bit for bit, whatever else is in the batch.
+    """Makes images of codes; on a CPU each image depends on its own code alone, bit for bit, whatever the batch.
 
     Attributes:
         dim: length of a code.
@@ -88,7 +88,8 @@ class FormulaGenerator(Generator):
     `_render` may use only operations whose bits for one image do not depend on the batch: `torch.bmm` with one matrix
     per image (or per image and channel), elementwise ones, copies, and `squash`. A plain matrix product over the batch
     is none of these: its blocks, and with them the order of its sums, change with the number of rows. Nor is a `bmm` of
-    one matrix, which MKL divides among threads, so `_render` gets two codes at least.
+    one matrix, which MKL divides among threads, so `_render` gets two codes at least. Then the bits do not depend on
+    the number of threads either. On a GPU it is the vendor's library that decides.
     """
 
     _cpu_pixels: ClassVar[int] = 100_000
