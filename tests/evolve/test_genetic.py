@@ -76,7 +76,7 @@ class XDreamRules(Rules):
         return np.exp((clipped - clipped.max()) / max(scores.std() / 2, 1e-8))
 
     def carried(self, codes: Array, scores: Array) -> Array:
-        return codes[np.isnan(scores)][: self.population - self.conserve]
+        return codes[np.isnan(scores)][: self.population - min(self.conserve, np.sum(~np.isnan(scores)))]
 
 
 def make(convention: str, dim: int, conserve: int | None, **keywords: Any) -> GeneticAlgorithm:

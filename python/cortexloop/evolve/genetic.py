@@ -13,6 +13,7 @@ from cortexloop.evolve import streams
 from cortexloop.evolve.optimiser import Optimiser, Selection, fraction, positive, whole
 from cortexloop.evolve.sums import running_sum
 
+DRAWS = 2**20  # numbers in a temporary tensor
 COLDEST = 1e-8
 """Lower bound of the temperature, for scores that are all the same."""
 
@@ -198,39 +199,60 @@ class GeneticAlgorithm(Optimiser):
     def _update(self, selection: Selection) -> None:
         m, shown = selection.codes.shape[1], selection.shown[:, None]
         place = torch.arange(self.population, device=self.device).expand(self.n, -1)
-        kept = place < shown.clamp(max=self.conserve)
+        conserved = shown.clamp(max=self.conserve)
+        kept = place < conserved
         source = place.clamp(max=m - 1)
         active = selection.active[:, None].expand_as(kept)
         if self.carry_over:
             # Behind the conserved codes, as many as have room: those not shown are last in the order, by position.
-            first = self.population - (m - shown).clamp(max=self.population - self.conserve)
-            carried = (place >= first) & ~kept
+            first = self.population - torch.minimum(m - shown, self.population - conserved)
+            carried = place >= first
             source = torch.where(carried, shown + place - first, source)
             kept = kept | carried
-        codes = self._offspring(selection, kept, source)
+        first, second = self._parents(selection)
+        rows = torch.arange(self.n, device=self.device)[:, None] * m  # of the codes of all problems, below each other
+        # A code that is kept is its own first parent.
+        first = selection.order.gather(1, torch.where(kept, source, first)) + rows
+        second = selection.order.gather(1, second) + rows
+        every = selection.codes.reshape(self.n * m, self.dim)
+        codes = torch.empty_like(self._codes)
+        # By parts that stay in cache: memory for all draws of a large batch at once costs more than the arithmetic.
+        size = max(1, DRAWS // (self.population * self.dim))
+        for start in range(0, self.n, size):
+            part = slice(start, start + size)
+            codes[part] = self._recombined(self._ids[part], every, first[part], second[part], kept[part])
         # Without a score there are no parents: then what was to be shown stays.
         self._codes = torch.where((active | kept)[..., None], codes, self._codes, out=codes)
 
-    def _offspring(self, selection: Selection, kept: Tensor, source: Tensor) -> Tensor:
-        """The next generation, [n, population, dim]: where `kept`, the code of rank `source`; elsewhere a child."""
-        step = self.generation + 1
-        draws = ops.uniforms(self.seed, streams.GENETIC_PARENTS, step, self._ids, 2, self.population)
+    def _parents(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Ranks of the first and the second parent of every child, int64 [n, population] each."""
+        draws = ops.uniforms(
+            self.seed, streams.GENETIC_PARENTS, self.generation + 1, self._ids, 2, self.population
+        ).double()
         cumulative = running_sum(self._fitness(selection))
-        drawn = torch.searchsorted(cumulative, draws.double().flatten(1) * cumulative[:, -1:], right=True)
+        drawn = torch.searchsorted(cumulative, draws.flatten(1) * cumulative[:, -1:], right=True)
         # Rounding may put a draw behind the last parent.
         drawn = torch.minimum(drawn, (selection.shown[:, None] - 1).clamp(min=0))
         first, second = drawn.chunk(2, dim=1)
-        first = torch.where(kept, source, first)
+        return first, second
+
+    def _recombined(self, ids: Tensor, codes: Tensor, first: Tensor, second: Tensor, kept: Tensor) -> Tensor:
+        """Children of codes[first] and codes[second], or codes[first] where `kept`; [problems, population, dim].
+
+        Args:
+            ids: [problems]; codes: [rows, dim]; first, second: rows, [problems, population]; kept: bool, likewise.
+        """
         # In place, and by factors of 0 and 1 instead of torch.where: that is ten times slower for masks of random bits.
-        rows = (self._ids, self.population, self.dim)
+        size = (self.generation + 1, ids, self.population, self.dim)
         kept = kept[..., None]
-        chosen = ops.uniforms(self.seed, streams.GENETIC_RECOMBINATION, step, *rows).lt_(self.first_parent)
+        chosen = ops.uniforms(self.seed, streams.GENETIC_RECOMBINATION, *size).lt_(self.first_parent)
         chosen.masked_fill_(kept, 1.0)
-        child = _rows(selection.codes, selection.order.gather(1, first)).mul_(chosen)
-        child.add_(_rows(selection.codes, selection.order.gather(1, second)).mul_(chosen.neg_().add_(1)))
-        chosen = ops.uniforms(self.seed, streams.GENETIC_MUTATED, step, *rows).lt_(self.mutation_rate)
+        child = codes.index_select(0, first.flatten()).view(*first.shape, -1).mul_(chosen)
+        other = codes.index_select(0, second.flatten()).view(*first.shape, -1)
+        child.add_(other.mul_(chosen.neg_().add_(1)))
+        chosen = ops.uniforms(self.seed, streams.GENETIC_MUTATED, *size).lt_(self.mutation_rate)
         chosen.masked_fill_(kept, 0.0)
-        mutation = ops.normals(self.seed, streams.GENETIC_MUTATION, step, *rows).to(self.dtype)
+        mutation = ops.normals(self.seed, streams.GENETIC_MUTATION, *size).to(self.dtype)
         return child.add_(mutation.mul_(self.mutation_size).mul_(chosen))
 
     def _fitness(self, selection: Selection) -> Tensor:
@@ -258,10 +280,3 @@ def _percentile(descending: Tensor, number: Tensor, percent: float) -> Tensor:
     high = descending.gather(1, above)
     part = place - above
     return torch.where(part > 0, high + (descending.gather(1, below) - high) * part, high)
-
-
-def _rows(codes: Tensor, index: Tensor) -> Tensor:
-    """codes[i, index[i, j]], [n, k, dim]."""
-    n, m, dim = codes.shape
-    start = torch.arange(n, device=codes.device)[:, None] * m
-    return codes.reshape(n * m, dim).index_select(0, (index + start).flatten()).view(n, index.shape[1], dim)

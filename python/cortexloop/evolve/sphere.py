@@ -16,6 +16,7 @@ from cortexloop.evolve.optimiser import Optimiser, Selection, keep, positive, wh
 from cortexloop.evolve.recombination import RankWeights
 
 SCHEDULES = ("exp", "lin", "inv")
+PRODUCTS = 2**20  # numbers in a temporary tensor
 TINY = 1e-30  # divisors are at least this: below what a length in use can be, above what float32 makes of 0
 
 
@@ -163,7 +164,11 @@ class SphereCMA(Optimiser):
         angle = math.radians(self.angle) / math.sqrt(self.dim) * length
         across = torch.where(started, angle.sin(), 1.0) * self.radius / length.clamp(min=TINY)
         codes.mul_(across.to(self.dtype)[..., None])
-        codes.add_((angle.cos() * self.radius).to(self.dtype)[..., None] * x[:, None])
+        along = (angle.cos() * self.radius).to(self.dtype)[..., None]
+        # By rows, so that the products stay in cache: memory for all of them at once would cost more than they do.
+        rows = max(1, PRODUCTS // x.numel())
+        for part, factor in zip(codes.split(rows, dim=1), along.split(rows, dim=1), strict=True):
+            part.add_(factor * x[:, None])
         codes[:, 0] = torch.where(started, self.radius * x, codes[:, 0])
         return codes
 
