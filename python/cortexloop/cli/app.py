@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -165,6 +165,144 @@ def respond(
             json=json,
         )
     )
+
+
+@app.command()
+def evolve(
+    context: typer.Context,
+    models: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--models", help="Models to evolve images for; nine built-in textbook neurons if not given."),
+    ] = None,
+    neurons: Neurons = None,
+    optimiser: Annotated[
+        str, typer.Option("--optimiser", help="One or several (comma-separated, to compare them), or all.")
+    ] = "cholesky-cma",
+    generator: Annotated[str, typer.Option("--generator", help="What makes images from codes.")] = "fourier",
+    weights: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--weights", help="Weight file of a deepsim generator."),
+    ] = None,
+    dim: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--dim", help="Length of a code; the generator's own if not given."),
+    ] = None,
+    population: Annotated[int, typer.Option("--population", help="Images per generation.")] = 40,
+    generations: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--generations", help="Generations per evolution; 75 if not given."),
+    ] = None,
+    evaluations: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--evaluations", help="Images per evolution, instead of --generations."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Evolutions per neuron, each with random numbers of its own.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="The first seed.")] = 0,
+    noise: Annotated[
+        str, typer.Option("--noise", help="Standard deviation of multiplicative noise; several, to compare: 0,0.2,0.5.")
+    ] = "0",
+    noise_model: Annotated[str, typer.Option("--noise-model", help="multiplicative or poisson.")] = "multiplicative",
+    spikes_per_unit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--spikes-per-unit", help="Poisson noise: spikes per unit of response; several: 5,20,inf."),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Noisy presentations of each image, averaged.")] = 1,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            "--baseline", help="What noisy scores are counted from: grey (response to a grey screen) or none."
+        ),
+    ] = "grey",
+    minimise: Annotated[bool, typer.Option("--minimise", help="Evolve images that suppress.")] = False,
+    size: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--size", help="Size of evolved images in degrees; they fill the screen if not given."),
+    ] = None,
+    position: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--position", help="Their centre in degrees right and up of the screen's centre: 'x,y'."),
+    ] = None,
+    pixels_per_degree: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--pixels-per-degree", help="Pixels per degree of the models' input."),
+    ] = None,
+    references: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--references", help="Images to show in every generation beside the evolved ones."),
+    ] = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--images", help="Natural images to compare evolved ones with."),
+    ] = None,
+    resize: Resize = False,
+    skip_bad: SkipBad = False,
+    show: Annotated[int, typer.Option("--show", help="How many neurons get a card in the report.")] = 40,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write the generations as .parquet as well.")] = False,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Generations between checkpoints.")] = 10,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out; other options need not be given again.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path(
+        "cortexloop-evolve"
+    ),
+    precision: Precision = "exact",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    json: Json = False,
+) -> None:
+    """Evolve images that drive neurons, compare optimisers and natural images, and write a report and tables."""
+    from cortexloop.cli.evolve import evolve_command
+    from cortexloop.cli.evolve_options import EvolveOptions
+
+    code = evolve_command(
+        EvolveOptions(
+            models=models,
+            neurons=tuple(neurons or ()),
+            optimiser=optimiser,
+            generator=generator,
+            weights=weights,
+            dim=dim,
+            population=population,
+            generations=generations,
+            evaluations=evaluations,
+            seeds=seeds,
+            seed=seed,
+            noise=noise,
+            noise_model=noise_model,
+            spikes_per_unit=spikes_per_unit,
+            repeats=repeats,
+            baseline=baseline,
+            minimise=minimise,
+            size=size,
+            position=position,
+            pixels_per_degree=pixels_per_degree,
+            references=references,
+            images=images,
+            resize=resize,
+            skip_bad=skip_bad,
+            show=show,
+            parquet=parquet,
+            checkpoint_every=checkpoint_every,
+            precision=precision,
+            backend=backend,
+            threads=threads,
+            out=out,
+            resume=resume,
+            json=json,
+            given=frozenset(_given(context)),
+        )
+    )
+    raise typer.Exit(code)
+
+
+def _given(context: typer.Context) -> Iterator[str]:
+    """Names of the parameters that are not at their defaults because they were given."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            yield name
 
 
 @app.command()

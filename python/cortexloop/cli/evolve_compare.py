@@ -23,7 +23,7 @@ _Z = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its confidence interval; NaN bounds where one neuron alone gives none."""
+    """A mean or ratio with its confidence interval; NaN bounds where there is none (one neuron, or a ratio to zero)."""
 
     value: float
     low: float
@@ -164,11 +164,11 @@ def _estimate(values: Double, drawn: NDArray[np.int64], reference: Double | None
     means = values[drawn].mean(axis=1)
     if reference is not None:
         below = reference[drawn].mean(axis=1)
-        means = np.divide(means, below, out=np.full_like(means, np.nan), where=below > 0)
-    if not np.isfinite(means).any():
-        return Estimate(mean, np.nan, np.nan)
+        if below.min() <= 0:  # a ratio to what may be nothing has no bounds
+            return Estimate(mean, np.nan, np.nan)
+        means = means / below
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.nanpercentile(means, [tail, 100 - tail])
+    low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(mean, float(low), float(high))
 
 
