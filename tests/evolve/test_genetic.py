@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_optimisers import scores_of
+from small_optimisers import run, same_bits, scores_of
 
 import cortexloop as cl
 from cortexloop import ops
@@ -305,3 +305,10 @@ def test_bad_arguments_of_the_conventions_are_refused():
         GeneticAlgorithm.xdream(5, selectivity=0)
     with pytest.raises(TypeError, match="population should be a whole number, got '40'"):
         GeneticAlgorithm.ponce2019(5, population="40")
+
+
+def test_parts_that_fit_in_cache_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    whole = run(GeneticAlgorithm.xdream(20, problems=5, population=10), 3, missing=0.2)
+    for draws in (1, 400):
+        monkeypatch.setattr("cortexloop.evolve.genetic.DRAWS", draws)
+        assert same_bits(run(GeneticAlgorithm.xdream(20, problems=5, population=10), 3, missing=0.2), whole)

@@ -303,7 +303,7 @@ def without_values(owner: object) -> None:
 def test_reading_or_mixing_would_be_noticed():
     with FakeTensorMode():
         there = torch.ones(3, device=ELSEWHERE)
-        with pytest.raises(RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="device"):
             there + torch.ones(3)
         with pytest.raises(RuntimeError):
             bool(there.sum() > 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_optimisers import scores_of
+from small_optimisers import run, same_bits, scores_of
 
 import cortexloop as cl
 from cortexloop import ops
@@ -252,3 +252,10 @@ def test_degenerate_means_leave_the_basis(float64: None):
 def test_bad_arguments_are_refused(arguments: dict[str, Any], sentence: str, kind: type[Exception]):
     with pytest.raises(kind, match=sentence):
         SphereCMA(**{"dim": 5, "population": 6, **arguments})
+
+
+def test_parts_that_fit_in_cache_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    whole = run(SphereCMA(20, problems=3, population=10), 3)
+    for products in (1, 130):
+        monkeypatch.setattr("cortexloop.evolve.sphere.PRODUCTS", products)
+        assert same_bits(run(SphereCMA(20, problems=3, population=10), 3), whole)

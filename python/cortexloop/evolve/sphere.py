@@ -167,8 +167,9 @@ class SphereCMA(Optimiser):
         along = (angle.cos() * self.radius).to(self.dtype)[..., None]
         # By rows, so that the products stay in cache: memory for all of them at once would cost more than they do.
         rows = max(1, PRODUCTS // x.numel())
-        for part, factor in zip(codes.split(rows, dim=1), along.split(rows, dim=1), strict=True):
-            part.add_(factor * x[:, None])
+        for start in range(0, codes.shape[1], rows):
+            part = slice(start, start + rows)
+            codes[:, part].add_(along[:, part] * x[:, None])
         codes[:, 0] = torch.where(started, self.radius * x, codes[:, 0])
         return codes
 
