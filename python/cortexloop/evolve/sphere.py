@@ -65,7 +65,7 @@ class SphereCMA(Optimiser):
         learning_rate: above 0; 1 goes to the mean, above 1 beyond (2 in the MATLAB version).
         schedule: "exp", "lin" or "inv", see `schedule_angles`.
         angles: first and last angle of "exp" and "lin", in degrees above 0 and up to 90.
-        generations: how many the schedule is planned for; later ones keep the last angle.
+        generations: how many the schedule is planned for, at most 10^6; later ones keep the last angle.
         dim (at least 2), problems, seed, minimise, first_generation, device, dtype: see `Optimiser`.
 
     Raises:
@@ -92,7 +92,7 @@ class SphereCMA(Optimiser):
         self.radius = positive("radius", radius)
         self.learning_rate = positive("learning_rate", learning_rate)
         self.schedule = schedule
-        self.generations = whole("generations", generations, 1, 2**31 - 1)
+        self.generations = whole("generations", generations, 1, 10**6)
         self.angles = _two_angles(angles)
         self._degrees = schedule_angles(schedule, self.generations, *self.angles)
         self._direction = torch.zeros(self.n, self.dim, dtype=self.dtype, device=self.device)
