@@ -249,7 +249,7 @@ def interrupt_at(monkeypatch, step, *, times=1):
     monkeypatch.setattr(evolve.Evolution, "step", pressed)
 
 
-@pytest.mark.parametrize(("step", "times"), [(2, 1), (3, 1), (4, 1), (9, 1), (3, 2), (8, 2)])
+@pytest.mark.parametrize(("step", "times"), [(2, 1), (5, 1), (9, 1), (3, 2), (8, 2)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, models, monkeypatch, step, times):
     arguments = (
         "--models", models, "--noise", "0,0.5", "--population", 4, "--generations", 5, "--dim", 48,
@@ -402,10 +402,12 @@ def test_comparison_against_an_independent_calculation(tmp_path, models, bank):
         resampled = own[draws].mean(axis=1)
         expected = np.percentile(resampled, [2.5, 97.5])
         np.testing.assert_allclose([float(row["score_low"]), float(row["score_high"])], expected, rtol=1e-5)
-        assert float(row["ratio"]) == pytest.approx(own.mean() / genetic.mean(), rel=1e-5)
         if row["optimiser"] == "ga-ponce2019":
             assert (row["ratio"], row["ratio_low"]) == ("1", "")
-        elif (genetic[draws].mean(axis=1) > 0).all():
+        elif np.percentile(genetic[draws].mean(axis=1), 2.5) <= 0:
+            assert (row["ratio"], row["ratio_low"]) == ("", "")
+        else:
+            assert float(row["ratio"]) == pytest.approx(own.mean() / genetic.mean(), rel=1e-5)
             expected = np.percentile(resampled / genetic[draws].mean(axis=1), [2.5, 97.5])
             np.testing.assert_allclose([float(row["ratio_low"]), float(row["ratio_high"])], expected, rtol=1e-5)
         assert (row["ratio_to"], row["neurons"]) == ("ga-ponce2019", "2")
@@ -436,12 +438,12 @@ def test_neurons_that_nothing_drives_are_left_out_and_named():
     assert found.final[0].ratio is None
 
 
-def test_a_ratio_to_what_may_be_zero_has_no_interval(rng):
+def test_there_is_no_ratio_to_what_may_be_zero(rng):
     conditions = [("ga-xdream", 0.0), ("nes", 0.0)]
     final = np.stack([np.array([[0.1], [0.3], [-0.2]]), rng.uniform(1, 2, (3, 1))])
     found = evolve_compare.compare(conditions, final, np.full((2, 3, 1), 2.0), np.zeros(3), seed=0).final
     assert found[0].ratio == evolve_compare.Estimate(1.0, found[0].ratio.low, found[0].ratio.high)
-    assert found[1].ratio.value == pytest.approx(final[1].mean() / final[0].mean())
+    assert math.isnan(found[1].ratio.value)
     assert math.isnan(found[1].ratio.low)
     assert not math.isnan(found[1].score.low)
 

@@ -23,7 +23,10 @@ _Z = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or ratio with its confidence interval; NaN bounds where there is none (one neuron, or a ratio to zero)."""
+    """A mean or ratio with its confidence interval; NaN bounds where one neuron alone gives none.
+
+    All are NaN for a ratio to scores that the bootstrap does not tell from 0.
+    """
 
     value: float
     low: float
@@ -153,27 +156,22 @@ def _resamples(neurons: int, seed: int) -> NDArray[np.int64]:
 
 
 def _estimate(values: Double, drawn: NDArray[np.int64], reference: Double | None = None) -> Estimate:
-    """Mean over neurons (or the ratio of means) and its percentile bootstrap interval."""
+    """Mean over neurons with its percentile bootstrap interval, or the ratio of two means if the second is above 0."""
     if not values.size:
         return Estimate(np.nan, np.nan, np.nan)
+    tail = 50 * (1 - CONFIDENCE)
     mean = float(values.mean())
-    if reference is not None:
-        mean = _ratio(mean, float(reference.mean()))
-    if values.size < 2:
-        return Estimate(mean, np.nan, np.nan)
     means = values[drawn].mean(axis=1)
     if reference is not None:
         below = reference[drawn].mean(axis=1)
-        if below.min() <= 0:  # a ratio to what may be nothing has no bounds
-            return Estimate(mean, np.nan, np.nan)
-        means = means / below
-    tail = 50 * (1 - CONFIDENCE)
+        if np.percentile(below, tail) <= 0:
+            return Estimate(np.nan, np.nan, np.nan)
+        mean /= float(reference.mean())
+        means = np.divide(means, below, out=np.full_like(means, np.inf), where=below > 0)
+    if values.size < 2:
+        return Estimate(mean, np.nan, np.nan)
     low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(mean, float(low), float(high))
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b > 0 else np.nan
 
 
 def wilson(successes: int, trials: int) -> Estimate:

@@ -75,11 +75,14 @@ def _title(findings: EvolveFindings) -> str:
     return f"Images evolved for {n:,} model neuron{'' if n == 1 else 's'}"
 
 
+_TOLD_ELSEWHERE = ("generator", "optimiser", "population", "seed", "minimise", "dtype", "height", "width")
+
+
 def _told(settings: dict[str, Any]) -> str:
-    """Settings of an engine in one line."""
+    """Settings of a generator or optimiser in one line; long ones are in run.json."""
     parts = []
     for key, value in settings.items():
-        if isinstance(value, (dict, list, tuple)) and len(str(value)) > 60:
+        if key in _TOLD_ELSEWHERE or (isinstance(value, (dict, list, tuple)) and len(str(value)) > 60):
             continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
         parts.append(f"{key.replace('_', ' ')} {text if len(text) <= 24 else text[:12] + '...'}")

@@ -138,7 +138,7 @@ def summarise(findings: EvolveFindings) -> None:
     machine = findings.record["machine"]
     console.print(
         f"{found['generations_per_second']:,.0f} generations/s, {found['images_per_second']:,.0f} images/s "
-        f"({share}); {machine['backend']} backend, {machine['threads']} threads",
+        f"({share}); {machine['backend']} backend, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}",
         soft_wrap=True,
     )
     report = findings.folder.out / store.REPORT
