@@ -30,8 +30,8 @@ class FourierGenerator(FormulaGenerator):
     mean equal changes relative to what is natural.
 
     Coefficients are in the order of radial frequency, so a longer code refines what a shorter one shows. Frequencies of
-    the two chromatic axes count double: they get half the bandwidth and a quarter as many coefficients each, as in JPEG,
-    because natural images and primates have less fine structure in colour.
+    the two chromatic axes count double: colour has half the bandwidth, and each axis a quarter as many coefficients, as
+    in JPEG, because natural images and primates have less fine structure in colour.
 
     Source: 1/f amplitude, Field 1987, JOSA A 4:2379; as a parametrisation of images, Olah, Mordvintsev & Schubert 2017,
     Feature Visualization (Distill); colour axes and spread, see `COLOUR_AXES` and `COLOUR_SPREAD`.
