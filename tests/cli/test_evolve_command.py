@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -42,6 +43,15 @@ def evolved(out, *arguments, code=0):
     found, printed, err = cortexloop("evolve", "--out", out, "--json", *arguments)
     assert found == code, err
     return json.loads(printed) if printed else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So few images leave several threads of torch waiting for each other; no number depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +238,31 @@ def test_baseline_changes_noisy_scores_alone(tmp_path, models):
             chosen = [i for i, row in enumerate(grey) if row["noise"] == noise and row["generation"] == "0"]
             close = np.isclose(column(grey, name)[chosen], column(none, name)[chosen], rtol=1e-5)
             assert close.all() == (same or name == "clean_mean")
+
+
+@pytest.mark.parametrize(("slowed", "chosen"), [(1, 3), (3, 1)])
+def test_torch_gets_one_thread_unless_more_are_faster(slowed, chosen):
+    generator = evolve.GENERATORS["fourier"](16, 16, dim=8)
+
+    def timed(codes):
+        end = time.perf_counter() + (0.02 if torch.get_num_threads() == slowed else 0.001)
+        while time.perf_counter() < end:
+            pass
+        return generator(codes)
+
+    timed.dim = generator.dim
+    before = torch.get_num_threads()
+    with evolve_run.torch_threads(3):
+        evolve_run.settle_torch_threads(timed)
+        assert torch.get_num_threads() == chosen
+    assert torch.get_num_threads() == before
+
+
+def test_number_of_threads_changes_nothing(tmp_path, models, restore_threads):
+    evolved(tmp_path / "two", "--models", models, "--threads", 2, *TINY)
+    evolved(tmp_path / "one", "--models", models, "--threads", 1, *TINY)
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["machine"]["torch_threads"] == 1
+    assert_same_results(tmp_path / "one", tmp_path / "two")
 
 
 # ------------------------------------------------------------------------------------------------------ resuming

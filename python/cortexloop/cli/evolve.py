@@ -22,7 +22,14 @@ from cortexloop.cli.console import BadInputError, bad_input, complain, guarded, 
 from cortexloop.cli.evolve_compare import against_natural, compare
 from cortexloop.cli.evolve_findings import STAGES, TRACES, EvolveFindings, Layout, Natural, Versus
 from cortexloop.cli.evolve_options import EvolveOptions, Settings, check_same, settle
-from cortexloop.cli.evolve_run import Experiment, InterruptedRunError, group_size, run_parts
+from cortexloop.cli.evolve_run import (
+    Experiment,
+    InterruptedRunError,
+    group_size,
+    run_parts,
+    settle_torch_threads,
+    torch_threads,
+)
 from cortexloop.cli.evolve_store import RunFolder
 from cortexloop.cli.evolve_summary import summarise
 from cortexloop.cli.evolve_tables import check_parquet, write_tables
@@ -58,16 +65,17 @@ def evolve_command(options: EvolveOptions) -> int:
         )
     if options.parquet:
         check_parquet()
-    _settle_threads(options.threads)
-    experiment, record = _prepare(options, settings)
-    layout = _layout(experiment, before)
-    if before is not None:
-        _check_files(record, before, options.out)
-        if before["status"] == "complete":
-            stderr().print(f"the run in {str(options.out)!r} is complete: nothing is left to do", soft_wrap=True)
-            return 0
-        record |= {key: before[key] for key in ("started", "seconds")}
-    return _carry_out(options, experiment, layout, folder, record, started)
+    settle_threads(options.threads)
+    with torch_threads(options.threads):
+        experiment, record = _prepare(options, settings)
+        layout = _layout(experiment, before)
+        if before is not None:
+            _check_files(record, before, options.out)
+            if before["status"] == "complete":
+                stderr().print(f"the run in {str(options.out)!r} is complete: nothing is left to do", soft_wrap=True)
+                return 0
+            record |= {key: before[key] for key in ("started", "seconds")}
+        return _carry_out(options, experiment, layout, folder, record, started)
 
 
 def _carry_out(
@@ -125,6 +133,8 @@ def _prepare(options: EvolveOptions, settings: Settings) -> tuple[Experiment, di
     generator, placement = _images(options, settings, bank)
     references = None if options.references is None else _references(options, bank)
     experiment = Experiment(settings, bank, generator, placement, references, verdict.chosen)
+    if options.weights is None:  # a formula, whose bits no number of threads changes
+        settle_torch_threads(generator)
     layout = Layout(len(bank), settings.seeds, 1)
     optimisers = {}
     with bad_input():
@@ -153,17 +163,11 @@ def _prepare(options: EvolveOptions, settings: Settings) -> tuple[Experiment, di
             "backend": verdict.chosen,
             "isa": state["isa"] if verdict.chosen == "cpu" else None,
             "threads": cl.get_num_threads(),
+            "torch_threads": torch.get_num_threads(),
         },
         "versions": {"cortexloop": cl.__version__} | {name: machine.version_of(name) for name in ("numpy", "torch")},
     }  # fmt: skip
     return experiment, record
-
-
-def _settle_threads(threads: int | None) -> None:
-    """Of scoring, and of torch, which generates; more threads than processors make each other wait."""
-    settle_threads(threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _bank(options: EvolveOptions) -> cl.ModelBank:

@@ -126,6 +126,41 @@ def group_size(experiment: Experiment) -> int:
     return max(1, min(GROUP, WORKING_BYTES // codes))
 
 
+@contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """That many threads of torch, if a number is given; within the block it may change, and is put back at its end."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def settle_torch_threads(generator: evolve.Generator) -> None:
+    """One thread of torch instead of the present number, unless this many are clearly faster here and now.
+
+    A formula is many small steps, after each of which all threads wait for the last. Where another program takes one
+    of the processors, that can cost more than ten times what a single thread takes.
+    """
+    many = torch.get_num_threads()
+    if many == 1:
+        return
+    seconds = {}
+    codes = torch.zeros(32, generator.dim)
+    for count in (1, many):
+        torch.set_num_threads(count)
+        generator(codes)
+        taken = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            generator(codes)
+            taken.append(time.perf_counter() - begin)
+        seconds[count] = sorted(taken)[2]
+    torch.set_num_threads(many if seconds[many] < 0.8 * seconds[1] else 1)
+
+
 # ------------------------------------------------------------------------------------------------- running
 
 
