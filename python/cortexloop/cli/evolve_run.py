@@ -139,10 +139,10 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def settle_torch_threads(generator: evolve.Generator) -> None:
-    """One thread of torch instead of the present number, unless this many are clearly faster here and now.
+    """One thread of torch instead of the present number, unless this many are always faster by far.
 
     A formula is many small steps, after each of which all threads wait for the last. Where another program takes one
-    of the processors, that can cost more than ten times what a single thread takes.
+    of the processors, that can last a hundred times as long as a single thread takes, and it comes and goes.
     """
     many = torch.get_num_threads()
     if many == 1:
@@ -153,12 +153,12 @@ def settle_torch_threads(generator: evolve.Generator) -> None:
         torch.set_num_threads(count)
         generator(codes)
         taken = []
-        for _ in range(5):
+        for _ in range(9):
             begin = time.perf_counter()
             generator(codes)
             taken.append(time.perf_counter() - begin)
-        seconds[count] = sorted(taken)[2]
-    torch.set_num_threads(many if seconds[many] < 0.8 * seconds[1] else 1)
+        seconds[count] = sorted(taken)
+    torch.set_num_threads(many if seconds[many][-1] < 0.5 * seconds[1][len(taken) // 2] else 1)
 
 
 # ------------------------------------------------------------------------------------------------- running
