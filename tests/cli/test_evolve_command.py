@@ -618,6 +618,14 @@ def assert_self_contained(html):
     return tags
 
 
+def test_help_names_every_optimiser_and_generator(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = cortexloop("evolve", "--help")
+    assert code == 0
+    names = [*evolve.OPTIMISERS, *(name for name in evolve.GENERATORS if not name.startswith("deepsim")), "deepsim-fc6"]
+    assert [name for name in names if name not in out] == []
+
+
 def test_textbook_neurons_without_any_model(tmp_path):
     code, out, err = cortexloop("evolve", "--out", tmp_path / "run", "--neurons", "dot*", *TINY)
     assert code == 0, err

@@ -176,9 +176,17 @@ def evolve(
     ] = None,
     neurons: Neurons = None,
     optimiser: Annotated[
-        str, typer.Option("--optimiser", help="One or several (comma-separated, to compare them), or all.")
+        str,
+        typer.Option(
+            "--optimiser",
+            help="cholesky-cma, diagonal-cma, sphere-cma-exp, sphere-cma-lin, sphere-cma-inv, ga-ponce2019, ga-xdream, "
+            "nes, fdgd; several with commas between, to compare them; or all.",
+        ),
     ] = "cholesky-cma",
-    generator: Annotated[str, typer.Option("--generator", help="What makes images from codes.")] = "fourier",
+    generator: Annotated[
+        str,
+        typer.Option("--generator", help="What makes images of codes: fourier, gabor, cppn, deepsim-fc6 and siblings."),
+    ] = "fourier",
     weights: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--weights", help="Weight file of a deepsim generator."),
