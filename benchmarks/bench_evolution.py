@@ -241,9 +241,9 @@ def works(peer: Peer, problems: int, dim: int = DIM, generations: int = 3) -> bo
             if error > CENTRE_LIMIT:
                 print(f"no number for {peer.name}: its mean is off by {error:.3g} step sizes", file=sys.stderr)
                 return False
-    gain = float((means[-1] - means[0]).min())
-    if gain < 5 * SIGMA / POPULATION**0.5:
-        print(f"no number for {peer.name}: scores rose by {gain:.3g} only", file=sys.stderr)
+    gain = means[-1] - means[0]
+    if gain.min() <= 0 or gain.mean() < 4 * SIGMA / POPULATION**0.5:  # a mean score has an error of SIGMA / sqrt(40)
+        print(f"no number for {peer.name}: scores rose by {gain.mean():.3g} only", file=sys.stderr)
         return False
     return True
 
