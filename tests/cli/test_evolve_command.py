@@ -11,7 +11,6 @@ import math
 import os
 import re
 import signal
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -240,20 +239,29 @@ def test_baseline_changes_noisy_scores_alone(tmp_path, models):
             assert close.all() == (same or name == "clean_mean")
 
 
-@pytest.mark.parametrize(("slowed", "chosen"), [(1, 3), (3, 1)])
-def test_torch_gets_one_thread_unless_more_are_faster(slowed, chosen):
-    generator = evolve.GENERATORS["fourier"](16, 16, dim=8)
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({1: [9.0], 3: [4.0]}, 3),
+        ({1: [9.0], 3: [5.0]}, 1),
+        ({1: [9.0], 3: [1.0, 1.0, 1.0, 1.0, 600.0]}, 1),  # fast most of the time
+    ],
+)
+def test_torch_gets_one_thread_unless_more_are_always_faster(monkeypatch, seconds, chosen):
+    """By a clock that only the generator moves."""
+    now = 0.0
 
-    def timed(codes):
-        end = time.perf_counter() + (0.02 if torch.get_num_threads() == slowed else 0.001)
-        while time.perf_counter() < end:
-            pass
-        return generator(codes)
+    def generator(codes):
+        nonlocal now
+        series = seconds[torch.get_num_threads()]
+        series.append(series.pop(0))
+        now += series[-1]
 
-    timed.dim = generator.dim
+    generator.dim = 8
+    monkeypatch.setattr(evolve_run.time, "perf_counter", lambda: now)
     before = torch.get_num_threads()
     with evolve_run.torch_threads(3):
-        evolve_run.settle_torch_threads(timed)
+        evolve_run.settle_torch_threads(generator)
         assert torch.get_num_threads() == chosen
     assert torch.get_num_threads() == before
 
