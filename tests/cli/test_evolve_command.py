@@ -21,8 +21,10 @@ from PIL import Image
 
 import cortexloop as cl
 from cortexloop import evolve
-from cortexloop.cli import charts, evolve_compare, evolve_run
+from cortexloop.cli import charts
 from cortexloop.cli.app import run
+from cortexloop.cli.evolution import compare as comparison
+from cortexloop.cli.evolution import run as running
 from cortexloop.textbook import procedural_images, textbook_neurons
 
 TINY = ("--population", "4", "--generations", "3", "--dim", "48")
@@ -115,7 +117,7 @@ def test_files_hold_the_numbers_of_the_engine(tmp_path, models, bank):
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "complete"
     assert record["settings"]["population"] == 4
-    assert record["streams"] == [evolve_run.stream_id(name, seed) for name in bank.names for seed in (5, 6)]
+    assert record["streams"] == [running.stream_id(name, seed) for name in bank.names for seed in (5, 6)]
     runs = by_hand(bank, optimiser="cholesky-cma", noise=0.3, streams=record["streams"], repeats=2)
 
     rows = read_csv(out / "generations.csv")
@@ -171,7 +173,7 @@ def test_a_neuron_evolves_alike_alone_and_among_others(tmp_path, models, bank):
 def test_groups_change_nothing(tmp_path, models, monkeypatch):
     arguments = ("--models", models, "--seeds", 2, "--noise", "0.2", *TINY)
     evolved(tmp_path / "together", *arguments)
-    monkeypatch.setattr(evolve_run, "GROUP", 3)
+    monkeypatch.setattr(running, "GROUP", 3)
     evolved(tmp_path / "apart", *arguments)
     assert json.loads((tmp_path / "apart" / "run.json").read_text())["group"] == 3
     assert_same_results(tmp_path / "together", tmp_path / "apart")
@@ -258,10 +260,10 @@ def test_torch_gets_one_thread_unless_more_are_always_faster(monkeypatch, second
         now += series[-1]
 
     generator.dim = 8
-    monkeypatch.setattr(evolve_run.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now)
     before = torch.get_num_threads()
-    with evolve_run.torch_threads(3):
-        evolve_run.settle_torch_threads(generator)
+    with running.torch_threads(3):
+        running.settle_torch_threads(generator)
         assert torch.get_num_threads() == chosen
     assert torch.get_num_threads() == before
 
@@ -473,7 +475,7 @@ def test_comparison_is_printed_as_a_table(tmp_path, models):
 def test_neurons_that_nothing_drives_are_left_out_and_named():
     conditions = [("a", 0.0), ("b", 0.0)]
     final = np.array([[[1.0], [-3.0], [2.0]], [[3.0], [-2.0], [4.0]]])
-    found = evolve_compare.compare(conditions, final, final + 1, np.array([0.0, 0.0, 1.0]), seed=0)
+    found = comparison.compare(conditions, final, final + 1, np.array([0.0, 0.0, 1.0]), seed=0)
     assert (found.neurons, found.apart, found.genetic) == (2, (1,), None)
     scores = {entry.optimiser: entry.score.value for entry in found.final}
     assert scores == {"a": pytest.approx((1 / 4 + 1 / 4) / 2), "b": pytest.approx((3 / 4 + 3 / 4) / 2)}
@@ -484,17 +486,15 @@ def test_neurons_that_nothing_drives_are_left_out_and_named():
 def test_there_is_no_ratio_to_what_may_be_zero(rng):
     conditions = [("ga-xdream", 0.0), ("nes", 0.0)]
     final = np.stack([np.array([[0.1], [0.3], [-0.2]]), rng.uniform(1, 2, (3, 1))])
-    found = evolve_compare.compare(conditions, final, np.full((2, 3, 1), 2.0), np.zeros(3), seed=0).final
-    assert found[0].ratio == evolve_compare.Estimate(1.0, found[0].ratio.low, found[0].ratio.high)
+    found = comparison.compare(conditions, final, np.full((2, 3, 1), 2.0), np.zeros(3), seed=0).final
+    assert found[0].ratio == comparison.Estimate(1.0, found[0].ratio.low, found[0].ratio.high)
     assert math.isnan(found[1].ratio.value)
     assert math.isnan(found[1].ratio.low)
     assert not math.isnan(found[1].score.low)
 
 
 def test_one_neuron_has_no_interval():
-    found = evolve_compare.compare(
-        [("a", 0.0), ("b", 0.0)], np.ones((2, 1, 1)), np.ones((2, 1, 1)), np.zeros(1), seed=0
-    )
+    found = comparison.compare([("a", 0.0), ("b", 0.0)], np.ones((2, 1, 1)), np.ones((2, 1, 1)), np.zeros(1), seed=0)
     assert math.isnan(found.final[0].score.low)
     assert found.final[0].score.value == 1.0
 
@@ -502,14 +502,14 @@ def test_one_neuron_has_no_interval():
 def test_normalising_mirrors_when_minimising(rng):
     response, peak, grey = rng.normal(size=(2, 3, 2)), rng.normal(size=(2, 3, 2)) + 4, rng.normal(size=3)
     np.testing.assert_allclose(
-        evolve_compare.normalise(-response, -peak, -grey, minimise=True), evolve_compare.normalise(response, peak, grey)
+        comparison.normalise(-response, -peak, -grey, minimise=True), comparison.normalise(response, peak, grey)
     )
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (5, 5), (3, 8), (102, 122)])
 def test_wilson_interval(successes, trials):
     stats = pytest.importorskip("scipy.stats")
-    found = evolve_compare.wilson(successes, trials)
+    found = comparison.wilson(successes, trials)
     expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
     assert found.value == successes / trials
@@ -542,7 +542,7 @@ def test_evolved_against_natural_images(tmp_path, models, bank, images):
         assert found["median_ratio"] == pytest.approx(np.median(ratios), rel=1e-5)
         assert found["exceeding"] == (ratios > 1).sum()
         assert found["fraction_interval"] == pytest.approx(
-            [evolve_compare.wilson(found["exceeding"], 2).low, evolve_compare.wilson(found["exceeding"], 2).high]
+            [comparison.wilson(found["exceeding"], 2).low, comparison.wilson(found["exceeding"], 2).high]
         )
         assert found["without_ratio"] == []
     for n, neuron in enumerate(document["neurons"]):

@@ -261,8 +261,8 @@ def evolve(
     json: Json = False,
 ) -> None:
     """Evolve images that drive neurons, compare optimisers and natural images, and write a report and tables."""
-    from cortexloop.cli.evolve import evolve_command
-    from cortexloop.cli.evolve_options import EvolveOptions
+    from cortexloop.cli.evolution.command import evolve_command
+    from cortexloop.cli.evolution.options import EvolveOptions
 
     code = evolve_command(
         EvolveOptions(

@@ -34,8 +34,8 @@ def render(findings: Findings) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["number"] = _number
-    environment.filters["breakable"] = _breakable
+    environment.filters["number"] = shown_number
+    environment.filters["breakable"] = breakable
     options, scores, agreement = findings.options, findings.scores, findings.agreement
     textbook = options.models is None
     context: dict[str, Any] = {
@@ -179,11 +179,11 @@ def _latency_chart(findings: Findings) -> Markup:
     )
 
 
-def _breakable(name: str) -> Markup:
+def breakable(name: str) -> Markup:
     """A name that may be broken behind slashes and underscores."""
     return Markup("<wbr>").join(re.findall(r"[^/_]*[/_]?", name))
 
 
-def _number(value: float, digits: int = 2) -> str:
+def shown_number(value: float, digits: int = 2) -> str:
     """Fixed digits with a real minus sign; thousands separated."""
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import cortexloop as cl
 from cortexloop import evolve
 from cortexloop.cli.console import bad_input, stderr
-from cortexloop.cli.evolve_findings import STAGES, TRACES, Layout
-from cortexloop.cli.evolve_options import Settings
-from cortexloop.cli.evolve_store import RunFolder
+from cortexloop.cli.evolution.findings import STAGES, TRACES, Layout
+from cortexloop.cli.evolution.options import Settings
+from cortexloop.cli.evolution.store import RunFolder
 
 GROUP = 32
 """Evolutions that run together at most. Results do not depend on it; memory and the size of checkpoints do."""

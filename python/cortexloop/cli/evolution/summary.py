@@ -9,10 +9,10 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from cortexloop.cli import evolve_store as store
 from cortexloop.cli.console import print_json, stderr, stdout
-from cortexloop.cli.evolve_compare import Comparison, Entry, Estimate
-from cortexloop.cli.evolve_findings import EvolveFindings, Versus
+from cortexloop.cli.evolution import store
+from cortexloop.cli.evolution.compare import Comparison, Entry, Estimate
+from cortexloop.cli.evolution.findings import EvolveFindings, Versus
 
 ROWS = 24
 """Neurons in the printed table; the report and the files have all of them."""

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 import cortexloop as cl
 from cortexloop import evolve, io, textbook
-from cortexloop.cli import evolve_store as store
 from cortexloop.cli import machine
 from cortexloop.cli.console import BadInputError, bad_input, complain, guarded, progress, stderr
-from cortexloop.cli.evolve_compare import against_natural, compare
-from cortexloop.cli.evolve_findings import STAGES, TRACES, EvolveFindings, Layout, Natural, Versus
-from cortexloop.cli.evolve_options import EvolveOptions, Settings, check_same, settle
-from cortexloop.cli.evolve_run import (
+from cortexloop.cli.evolution import store
+from cortexloop.cli.evolution.compare import against_natural, compare
+from cortexloop.cli.evolution.findings import STAGES, TRACES, EvolveFindings, Layout, Natural, Versus
+from cortexloop.cli.evolution.options import EvolveOptions, Settings, check_same, settle
+from cortexloop.cli.evolution.run import (
     Experiment,
     InterruptedRunError,
     group_size,
@@ -30,9 +30,9 @@ from cortexloop.cli.evolve_run import (
     settle_torch_threads,
     torch_threads,
 )
-from cortexloop.cli.evolve_store import RunFolder
-from cortexloop.cli.evolve_summary import summarise
-from cortexloop.cli.evolve_tables import check_parquet, write_tables
+from cortexloop.cli.evolution.store import RunFolder
+from cortexloop.cli.evolution.summary import summarise
+from cortexloop.cli.evolution.tables import check_parquet, write_tables
 from cortexloop.cli.inputs import choose, load_bank, output_table, settle_backend, settle_threads
 
 BATCH = 64
@@ -86,7 +86,7 @@ def _carry_out(
     record: dict[str, Any],
     started: float,
 ) -> int:
-    from cortexloop.cli.evolve_report import render
+    from cortexloop.cli.evolution.report import render
 
     earlier = float(record.setdefault("seconds", 0.0))
     record |= {"group": layout.group, "status": "running"}

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 import cortexloop as cl
 from cortexloop import io
-from cortexloop.cli.evolve_compare import AgainstNatural, Comparison
-from cortexloop.cli.evolve_options import EvolveOptions, Settings
-from cortexloop.cli.evolve_store import RunFolder
+from cortexloop.cli.evolution.compare import AgainstNatural, Comparison
+from cortexloop.cli.evolution.options import EvolveOptions, Settings
+from cortexloop.cli.evolution.store import RunFolder
 
 Double = NDArray[np.float64]
 

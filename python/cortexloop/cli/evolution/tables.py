@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cortexloop import io
-from cortexloop.cli import evolve_store as store
 from cortexloop.cli.console import BadInputError, bad_input
-from cortexloop.cli.evolve_compare import Comparison, Entry, Estimate
-from cortexloop.cli.evolve_findings import TRACES, EvolveFindings
+from cortexloop.cli.evolution import store
+from cortexloop.cli.evolution.compare import Comparison, Entry, Estimate
+from cortexloop.cli.evolution.findings import TRACES, EvolveFindings
 
 KEYS = ("optimiser", "noise", "neuron", "seed", "generation")
 

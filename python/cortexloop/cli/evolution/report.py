@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from cortexloop import evolve
 from cortexloop.cli import charts
-from cortexloop.cli.evolve_compare import Comparison, Entry, Estimate
-from cortexloop.cli.evolve_findings import Double, EvolveFindings, Shown, Versus
-from cortexloop.cli.evolve_summary import speed
-from cortexloop.cli.report import DESCRIPTIONS, _breakable, _number
+from cortexloop.cli.evolution.compare import Comparison, Entry, Estimate
+from cortexloop.cli.evolution.findings import Double, EvolveFindings, Shown, Versus
+from cortexloop.cli.evolution.summary import speed
+from cortexloop.cli.report import DESCRIPTIONS, breakable, shown_number
 
 LEVEL_STYLES = ("b", "a", "bar", *charts.CURVES[3:])
 """Colours of noise levels in the charts of the comparison."""
@@ -34,7 +34,7 @@ def render(findings: EvolveFindings) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"number": _number, "breakable": _breakable}
+    environment.filters |= {"number": shown_number, "breakable": breakable}
     settings, options = findings.settings, findings.options
     several = len(findings.conditions) > 1
     picked = [_strongest(findings, n) for n in range(len(findings.bank))]
@@ -315,8 +315,10 @@ def _cell(estimate: Estimate, digits: int) -> tuple[str, str]:
     if math.isnan(estimate.value):
         return "\N{EN DASH}", ""
     if math.isnan(estimate.low):
-        return _number(estimate.value, digits), ""
-    return _number(estimate.value, digits), f"{_number(estimate.low, digits)} to {_number(estimate.high, digits)}"
+        return shown_number(estimate.value, digits), ""
+    return shown_number(
+        estimate.value, digits
+    ), f"{shown_number(estimate.low, digits)} to {shown_number(estimate.high, digits)}"
 
 
 def _chart(findings: EvolveFindings, entries: tuple[Entry, ...]) -> Markup:
