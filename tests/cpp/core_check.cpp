@@ -6,6 +6,8 @@
 // A file: int64 {batch, height, width, n_models, table_stride, weights, with_pairs}, then float32 weights, int64 table,
 // uint8 images (NHWC), float32 the same recentred, int64 pairs [batch], float32 cotangent, expected responses, expected
 // gradient. Every buffer is its own allocation, so that a read or write one element too far is seen.
+//
+// Then the operators on populations of codes: every instruction set and thread count has to give the first one's bits.
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -15,6 +17,7 @@
 #include <vector>
 
 #include "cortexloop/bank.h"
+#include "cortexloop/evolution.h"
 #include "cortexloop/parallel.h"
 
 namespace {
@@ -135,6 +138,72 @@ void refuse(Problem p) {
   }
 }
 
+// Everything that is computed on codes [problems, rows, columns], one output after the other.
+std::vector<std::vector<float>> codes_of(std::int64_t problems, std::int64_t rows, std::int64_t columns,
+                                         std::int64_t rank) {
+  std::vector<std::int64_t> ids;
+  for (std::int64_t p = 0; p < problems; ++p) ids.push_back(3 * p + 1);
+  const RandomRows random{0x123456789abcdefULL, 5, 7, ids.data(), problems, rows, columns};
+  const auto floats = [](std::int64_t count) { return std::vector<float>(static_cast<std::size_t>(count)); };
+  std::vector<float> uniforms = floats(problems * rows * columns), normals = uniforms, codes = uniforms;
+  std::vector<float> first = floats(problems * columns), second = first, product = first, dots = floats(problems);
+  std::vector<float> mean = first, left = floats(problems * rank * columns), right = left;
+  std::vector<float> scale(static_cast<std::size_t>(problems), 0.5f);
+  std::vector<float> weights = floats(problems * rows);
+  for (std::size_t i = 0; i < mean.size(); ++i) mean[i] = static_cast<float>(i % 13) - 6.0f;
+  for (std::size_t i = 0; i < left.size(); ++i) left[i] = static_cast<float>(i % 7) / 8.0f, right[i] = 1.0f - left[i];
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<float>(i % 3);
+  const LowRank factors{left.data(), right.data(), rank};
+  expect_ok(cpu::random_uniforms(random, uniforms.data()), "random_uniforms");
+  expect_ok(cpu::random_normals(random, normals.data()), "random_normals");
+  expect_ok(cpu::sample_codes({random, mean.data(), scale.data(), mean.data(), factors, codes.data()}), "sample_codes");
+  expect_ok(cpu::code_moments(
+                {codes.data(), weights.data(), mean.data(), problems, rows, columns, first.data(), second.data()}),
+            "code_moments");
+  expect_ok(cpu::low_rank_product({mean.data(), factors, problems, columns, product.data()}), "low_rank_product");
+  expect_ok(cpu::row_dots({mean.data(), product.data(), problems, columns, dots.data()}), "row_dots");
+  return {uniforms, normals, codes, first, second, product, dots};
+}
+
+void check_codes(std::int64_t problems, std::int64_t rows, std::int64_t columns, std::int64_t rank) {
+  set_num_threads(1);
+  expect_ok(cpu::set_isa("generic"), "generic");
+  const std::vector<std::vector<float>> expected = codes_of(problems, rows, columns, rank);
+  const auto compare = [&](const std::string& where) {
+    const std::vector<std::vector<float>> got = codes_of(problems, rows, columns, rank);
+    for (std::size_t i = 0; i < got.size(); ++i)
+      expect_equal(got[i], expected[i], where + ", output " + std::to_string(i));
+  };
+  for (const std::string& isa : cpu::isas()) {
+    expect_ok(cpu::set_isa(isa), isa);
+    for (const int threads : {1, 2, 3}) {
+      set_num_threads(threads);
+      compare("codes, " + isa + " on " + std::to_string(threads) + " threads");
+    }
+    std::vector<std::thread> callers;
+    std::vector<std::string> failures(3);
+    for (std::string& failure : failures) {
+      callers.emplace_back([&] {
+        try {
+          compare("codes, " + isa + " from concurrent callers");
+        } catch (const std::exception& error) { failure = error.what(); }
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const std::string& failure : failures) {
+      if (!failure.empty()) throw std::runtime_error(failure);
+    }
+  }
+}
+
+void refuse_codes() {
+  const std::int64_t id = -1;
+  float out[4];
+  const RandomRows random{0, 0, 0, &id, 1, 1, 4};
+  if (cpu::random_normals(random, out) != Status::invalid_argument)
+    throw std::runtime_error("a negative problem was taken");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -164,6 +233,10 @@ int main(int argc, char** argv) {
       }
       refuse(problem);
     }
+    for (const std::int64_t columns : {1, 63, 64, 65, 1300, 9000}) check_codes(3, 4, columns, columns % 3);
+    check_codes(0, 4, 8, 1);
+    check_codes(2, 0, 8, 1);
+    refuse_codes();
     if (cpu::set_isa("none such") != Status::invalid_argument)
       throw std::runtime_error("an unknown instruction set was taken");
   } catch (const std::exception& error) {

@@ -16,7 +16,14 @@ from cortexloop.testing import CASES, PAIRED_CASES, Case, exact_inputs
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HERE = Path(__file__).resolve().parent
-HOST = ["common/parallel.cpp", "common/status.cpp", "cpu/bank.cpp", "cpu/dispatch.cpp", "cpu/model_view.cpp"]
+HOST = [
+    "common/parallel.cpp",
+    "common/status.cpp",
+    "cpu/bank.cpp",
+    "cpu/dispatch.cpp",
+    "cpu/evolution.cpp",
+    "cpu/model_view.cpp",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-Wno-maybe-uninitialized"]
 FLAGS = {
