@@ -299,7 +299,7 @@ class PlainEvolution:
         image_mean: [3] what recentring subtracts, on the scale of 0 to 255.
     """
 
-    batch = 4  # images at once; with 40 it takes up to four times as long, as then every map comes fresh from the system
+    batch = 4  # images at once; 40 take up to four times as long, as then every map comes fresh from the system
 
     def __init__(
         self,
