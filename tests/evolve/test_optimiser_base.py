@@ -155,13 +155,24 @@ def test_streams_by_id(name: str):
     assert torch.equal(small(name, 5, problems=129).ask()[128], both.ask()[0])
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hessian-cma"])  # its metric has the dimension
+@pytest.mark.parametrize(
+    ("dim", "sentence", "kind"),
+    [
+        (0, "dim should be from [12] to", ValueError),
+        (4.0, "dim should be a whole number, got 4.0", TypeError),
+        (True, "dim should be a whole number, got True", TypeError),
+    ],
+)
+def test_bad_dimensions_are_refused(name: str, dim: Any, sentence: str, kind: type[Exception]):
+    with pytest.raises(kind, match=sentence):
+        small(name, dim, population=6)
+
+
 @every
 @pytest.mark.parametrize(
     ("arguments", "sentence", "kind"),
     [
-        ({"dim": 0}, "dim should be from [12] to", ValueError),
-        ({"dim": 4.0}, "dim should be a whole number, got 4.0", TypeError),
-        ({"dim": True}, "dim should be a whole number, got True", TypeError),
         ({"population": 1}, "population should be from 2 to", ValueError),
         ({"population": 6.0}, "population should be a whole number", TypeError),
         ({"problems": 0}, "problems should be from 1 to", ValueError),
@@ -192,8 +203,6 @@ def test_streams_by_id(name: str):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_refused(name: str, arguments: dict[str, Any], sentence: str, kind: type[Exception]):
-    if name == "hessian-cma" and "dim" in arguments:
-        pytest.skip("the metric says what the dimension is")
     with pytest.raises(kind, match=sentence):
         small(name, **{"dim": 4, "population": 6, **arguments})
 

@@ -44,13 +44,16 @@ def test_bits_do_not_depend_on_the_split(name: str, data: st.DataObject):
     assert same_bits(together, [torch.cat(generation) for generation in zip(*parts, strict=True)])
 
 
-@every
-@pytest.mark.parametrize("dim", [20, 700])
+def sizes() -> Iterator[tuple[str, int]]:
+    """A small and a large dimension for each, the large one as far as it takes no seconds."""
+    for name in NAMES:
+        yield name, 20
+        if name != "cholesky-cma-dense":  # becomes dense after as many generations as dimensions
+            yield name, 300 if name == "hessian-cma" else 700
+
+
+@pytest.mark.parametrize(("name", "dim"), sizes())
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, dim: int, restore_threads: None):
-    if name == "cholesky-cma-dense" and dim > 100:
-        pytest.skip("the covariance becomes dense after `dim` generations: many seconds")
-    if name == "hessian-cma" and dim > 100:
-        dim = 300  # a basis of 700 takes seconds to make
     ours = []
     for threads in (1, 2, 3):
         cl.set_num_threads(threads)
@@ -178,11 +181,9 @@ def test_a_constant_added_to_all_scores_changes_nothing(name: str, shift: float)
     assert torch.equal(shifted.best.scores, plain.best.scores + shift)
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ga-xdream"])  # which carries them over
 def test_codes_not_shown_have_no_say(name: str):
     """Where codes are that were not shown makes no difference: not to the update, not to the best."""
-    if name == "ga-xdream":
-        pytest.skip("carries them over: see test_genetic.py")
     injected = torch.tensor([[3.0, -1.0, 2.0, 0.5], [1e3, 1e3, -1e3, 1e3]])
     updates = []
     for codes in injected:
