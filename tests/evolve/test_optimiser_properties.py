@@ -52,7 +52,7 @@ def sizes() -> Iterator[tuple[str, int]]:
             yield name, 300 if name == "hessian-cma" else 700
 
 
-@pytest.mark.parametrize(("name", "dim"), sizes())
+@pytest.mark.parametrize(("name", "dim"), list(sizes()))
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, dim: int, restore_threads: None):
     ours = []
     for threads in (1, 2, 3):
