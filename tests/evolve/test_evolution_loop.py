@@ -348,9 +348,11 @@ def test_parts_that_do_not_fit_are_refused(bank: cl.ModelBank):
     with pytest.raises(ValueError, match=r"should return scores \[1, 6\]"):
         short.step()
     assert short.optimiser.generation == 0
-    endless = evolve.Evolution(lambda images, g: np.full((1, 6), np.inf), optimiser(1), generator())
+    returned = [np.full((1, 6), np.inf), np.arange(6.0)[None]]
+    once = evolve.Evolution(lambda images, g: returned.pop(0), optimiser(1), generator())
     with pytest.raises(ValueError, match="got infinity"):
-        endless.step()
+        once.step()
+    assert once.step().index == 0
 
 
 def test_a_placed_image_is_what_the_models_see(bank: cl.ModelBank):

@@ -170,7 +170,11 @@ class Evolution:
             told, references, generating = self._score_by_callback(self.objective, codes, index)
         scored = clock()
         self._updating = True
-        self.optimiser.tell(told)
+        try:
+            self.optimiser.tell(told)
+        except (TypeError, ValueError):
+            self._updating = False  # refused scores have changed nothing: the same generation can be shown again
+            raise
         self._updating = False
         norm = torch.linalg.vector_norm(codes.double(), dim=-1).mean(1)
         end = clock()
