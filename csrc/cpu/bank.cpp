@@ -6,9 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/model_view.h"
 #include "cortexloop/parallel.h"
 #include "dispatch.h"
-#include "model_view.h"
 
 namespace cortexloop {
 namespace cpu {

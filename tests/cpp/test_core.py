@@ -22,7 +22,7 @@ HOST = [
     "cpu/bank.cpp",
     "cpu/dispatch.cpp",
     "cpu/evolution.cpp",
-    "cpu/model_view.cpp",
+    "common/model_view.cpp",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-Wno-maybe-uninitialized"]

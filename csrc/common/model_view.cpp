@@ -3,7 +3,6 @@
 #include <cstdio>
 
 namespace cortexloop {
-namespace cpu {
 namespace {
 
 std::string sentence(const char* format, long long a, long long b = 0) {
@@ -117,5 +116,4 @@ std::string resolve_model(const BankView& bank, std::int64_t model, ModelView* v
   return "";
 }
 
-}  // namespace cpu
 }  // namespace cortexloop
