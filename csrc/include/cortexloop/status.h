@@ -3,7 +3,7 @@
 
 namespace cortexloop {
 
-enum class Status { ok, invalid_argument, out_of_memory };
+enum class Status { ok, invalid_argument, out_of_memory, device_error };
 
 // The sentence of the last failure on this thread; "" if there was none.
 const char* last_error();
