@@ -12,6 +12,7 @@ import torch
 
 import cortexloop as cl
 from cortexloop import _native
+from fake_cuda import FakeCuda
 
 NO_KERNELS = _native.unavailable()
 ISAS = _native.isas() if NO_KERNELS is None else ["any"]
@@ -53,6 +54,15 @@ def kernels() -> None:
     """Skip, with the reason, where there are no C++ kernels."""
     if NO_KERNELS is not None:
         pytest.skip(f"cpu: {NO_KERNELS}")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The "cuda" backend on host memory: its Python is the real one, the compiled module a stand-in."""
+    module = FakeCuda()
+    monkeypatch.setattr(_native, "cuda", lambda: module)
+    monkeypatch.setattr(_native, "cuda_unavailable", lambda: module.unavailable() or None)
+    return module
 
 
 @pytest.fixture(params=["reference", *(f"cpu-{name}" for name in ISAS)])

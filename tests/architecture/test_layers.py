@@ -11,7 +11,7 @@ import pytest
 from project import PACKAGE, ROOT
 
 # Which rooms of the package each room may import; itself is always allowed. A room is a folder or a module.
-LEAVES = {"weights", "packing", "bank", "images", "textbook"}
+LEAVES = {"weights", "packing", "bank", "images", "textbook", "_device"}
 ALLOWED: dict[str, set[str]] = {
     "weights": set(),
     "packing": {"weights"},
@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "textbook": {"weights"},
     # `io` and `models` only behind ModelBank.load, .save and .from_modules, when they are called
     "bank": {"weights", "packing", "io", "models"},
-    "_native": {"weights", "packing", "bank"},
+    "_device": set(),
+    "_native": {"weights", "packing", "bank", "_device"},
     "io": {"weights"},
     "models": {"weights"},
     "metrics": set(),
@@ -54,8 +55,8 @@ ALLOWED: dict[str, set[str]] = {
 # Packages from elsewhere that only some rooms may import; NumPy and the standard library are open to all.
 FOREIGN: dict[str, set[str]] = {
     "torch": {
-        "bank", "images", "_native", "models", "backends", "ops", "functional", "realtime", "synthesis", "evolve",
-        "testing", "cli",
+        "bank", "images", "_device", "_native", "models", "backends", "ops", "functional", "realtime", "synthesis",
+        "evolve", "testing", "cli",
     },
     "h5py": {"io"},
     "safetensors": {"io"},
@@ -116,7 +117,7 @@ def test_every_room_is_in_the_table():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path):
     here = room(path)
-    allowed = ALLOWED[here] | {here} | ({"_cpu"} if here == "_native" else set())
+    allowed = ALLOWED[here] | {here} | ({"_cpu", "_cuda"} if here == "_native" else set())
     wrong = [f"{path.name}:{line} imports {there}" for line, there in rooms_imported(path) if there not in allowed]
     assert not wrong, f"{here} may import {sorted(allowed)} only: {wrong}"
 

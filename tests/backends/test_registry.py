@@ -80,9 +80,16 @@ def test_without_the_compiled_module_the_reason_is_given(
 
 
 def test_other_devices_are_served_by_the_reference() -> None:
-    explanation = cl.explain(device="cuda")
+    explanation = cl.explain(device="meta")
     assert explanation.chosen == "reference"
     assert explanation.reason("cpu") == "the cpu backend does not serve this device"
+
+
+def test_on_a_gpu_every_backend_says_why_not() -> None:
+    explanation = cl.explain(device="cuda")
+    assert [v.backend for v in explanation.verdicts] == ["cuda", "triton", "reference"]
+    for verdict in explanation.verdicts:
+        assert verdict.chosen or verdict.reason or verdict.backend == "reference"
 
 
 def test_explain_of_a_named_backend() -> None:
@@ -102,7 +109,7 @@ def test_explain_says_that_the_reference_runs_fast_exactly(op: str) -> None:
     ("arguments", "message"),
     [
         ({"op": "sepconv"}, "op should be one of 'bank_forward', 'bank_input_gradient', 'sample_codes', got 'sepconv'"),
-        ({"backend": "gpu"}, "backend should be one of 'auto', 'cpu', 'reference', got 'gpu'"),
+        ({"backend": "gpu"}, "backend should be one of 'auto', 'cpu', 'cuda', 'triton', 'reference', got 'gpu'"),
     ],
 )
 def test_explain_refuses_unknown_names(arguments: dict[str, str], message: str) -> None:

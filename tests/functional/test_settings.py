@@ -52,13 +52,14 @@ def test_explain_of_float64() -> None:
 def test_explain_refuses_another_device_than_the_bank(small_bank: cl.ModelBank) -> None:
     with pytest.raises(ValueError, match="the bank is on cpu, images on cuda could not be shown to it"):
         cl.explain(bank=small_bank, device="cuda")
+    assert cl.explain(bank=small_bank, device="cpu").chosen in ("cpu", "reference")
 
 
 def test_import_loads_nothing_that_only_some_need() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import cortexloop as cl; new = set(sys.modules) - before;"
         "heavy = [m for m in ('h5py', 'matplotlib', 'typer', 'rich', 'safetensors', 'PIL', 'scipy', 'onnx', "
-        "'cortexloop._cpu', 'cortexloop.models', 'cortexloop.testing') if m in new];"
+        "'cortexloop._cpu', 'cortexloop._cuda', 'triton', 'cortexloop.models', 'cortexloop.testing') if m in new];"
         "assert not heavy, heavy; cl.models; cl.metrics; assert 'cortexloop.models' in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cortexloop import _device
 from cortexloop.packing import LayerField, ModelField
 
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Fastest first, for each device type; every other device is served by the reference alone."""
 
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = ("bank_forward", "bank_input_gradient", "sample_codes")
 """What can be asked about; "sample_codes" stands for all operators on populations of codes."""
 
@@ -36,7 +37,7 @@ class BackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class BankShape:
-    """What a table says, hashable. `height`, `width`: input size. `table`: its bytes (empty if not in host memory)."""
+    """What a table says, hashable. `height`, `width`: input size. `table`: its bytes."""
 
     models: int
     columns: int
@@ -49,11 +50,13 @@ class BankShape:
 class Problem:
     """Everything a backend may decide on; no tensors.
 
-    `bank` is None if only the availability of a backend is of interest.
+    `device` is its type, `index` its number among those of its kind. `bank` is None if only the availability of a
+    backend is of interest.
     """
 
     op: str
     device: str = "cpu"
+    index: int = 0
     dtype: torch.dtype = torch.float32
     batch: int = 1
     layout: str = "NHWC"
@@ -62,7 +65,7 @@ class Problem:
 
 
 class Backend(Protocol):
-    """An implementation of the operators in `OPS`."""
+    """An implementation of the operators in `OPS`; those that it calls unsupported need not exist."""
 
     @property
     def name(self) -> str: ...
@@ -167,6 +170,7 @@ def bank_shape(table: Tensor) -> BankShape:
 
     Raises:
         ValueError, TypeError: not a table as `cortexloop.packing.pack` makes it.
+        RuntimeError: seen for the first time on a GPU while a graph is being captured.
     """
     with _shapes_lock:
         known = _shapes.get(table)
@@ -179,13 +183,14 @@ def bank_shape(table: Tensor) -> BankShape:
         raise ValueError(f"table should be [N, {first} + {each} * layers] with N >= 1, got {list(table.shape)}")
     if not table.is_contiguous():
         raise ValueError(f"table should be contiguous, got strides {list(table.stride())}")
+    _device.refuse_capture(table.device)
     host = table.detach().cpu()
     shape = BankShape(
         models=table.shape[0],
         columns=table.shape[1],
         height=int(host[0, ModelField.HEIGHT]),
         width=int(host[0, ModelField.WIDTH]),
-        table=host.numpy().tobytes() if table.device.type == "cpu" else b"",
+        table=host.numpy().tobytes(),
     )
     with _shapes_lock:
         _shapes[table] = shape
@@ -216,7 +221,7 @@ def use_backend(name: str) -> Iterator[None]:
     that are called within it (enter it outside of them), and a backward pass that runs within it.
 
     Args:
-        name: "cpu", "reference", or "auto" to choose by problem again.
+        name: "cpu", "cuda", "triton", "reference", or "auto" to choose by problem again.
 
     Raises:
         ValueError: no backend of that name.

@@ -80,13 +80,15 @@ def explain(
     """
     if op not in ops.OPS:
         raise ValueError(f"op should be one of {', '.join(map(repr, ops.OPS))}, got {op!r}")
-    if device is None:
-        device = "cpu" if bank is None else bank.device
-    elif bank is not None and torch.device(device).type != bank.device.type:
-        raise ValueError(f"the bank is on {bank.device}, images on {device} could not be shown to it")
+    where = torch.device("cpu" if device is None else device)
+    if bank is not None:
+        if device is not None and (where.type != bank.device.type or where.index not in (None, bank.device.index)):
+            raise ValueError(f"the bank is on {bank.device}, images on {device} could not be shown to it")
+        where = bank.device
     problem = ops.Problem(
         op=op,
-        device=torch.device(device).type,
+        device=where.type,
+        index=where.index or 0,
         dtype=as_torch_dtype(dtype),
         batch=batch,
         layout=layout,

@@ -10,11 +10,15 @@ Checks that need values rather than shapes (`pairs` in range) live here, where t
 
 from __future__ import annotations
 
+import threading
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from cortexloop import _device
 from cortexloop.backends.reference import BACKEND as REFERENCE
 from cortexloop.backends.registry import Backend, BankShape, Problem, bank_shape, select
 from cortexloop.ops._library import define_op
@@ -32,12 +36,50 @@ def problem(
     return Problem(
         op=op,
         device=images.device.type,
+        index=_device.index(images.device),
         dtype=images.dtype,
         batch=images.shape[0],
         layout=layout,
         precision=precision,
         bank=bank,
     )
+
+
+_ranges: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
+_ranges_lock = threading.Lock()
+
+
+def _check_range(pairs: Tensor, models: int) -> None:
+    """Check that pairs, int64 [B], lie in a bank of so many models.
+
+    On a GPU this has to wait for the values, so it is done once for each content of a tensor, and not while a graph is
+    being captured. (An assertion on the device would not wait, but a failed one makes the whole process lose its GPU;
+    kernels answer a pair outside the bank with NaN and read nothing.)
+
+    Raises:
+        ValueError: a pair outside the bank.
+    """
+    if not len(pairs):
+        return
+    key = None
+    if _device.on_gpu(pairs.device):
+        if not pairs.is_inference():  # whose versions torch does not count
+            key = pairs._version, models
+            with _ranges_lock:
+                if _ranges.get(pairs) == key:
+                    return
+        if _device.capturing(pairs.device):
+            return
+    low, high = torch.stack(torch.aminmax(pairs)).tolist()
+    if not 0 <= low <= high < models:
+        wrong = int(torch.nonzero((pairs < 0) | (pairs >= models))[0, 0])
+        raise ValueError(
+            f"pairs should lie in 0..{models - 1} (the bank has {models} models), "
+            f"got {int(pairs[wrong])} for image {wrong}"
+        )
+    if key is not None:
+        with _ranges_lock:
+            _ranges[pairs] = key
 
 
 def _select(
@@ -81,12 +123,7 @@ def _select(
             raise TypeError(f"pairs should be torch.int64, got {pairs.dtype}")
         if tuple(pairs.shape) != (images.shape[0],):
             raise ValueError(f"pairs should hold one model per image, [{images.shape[0]}], got {list(pairs.shape)}")
-        if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < bank.models:
-            wrong = int(torch.nonzero((pairs < 0) | (pairs >= bank.models))[0, 0])
-            raise ValueError(
-                f"pairs should lie in 0..{bank.models - 1} (the bank has {bank.models} models), "
-                f"got {int(pairs[wrong])} for image {wrong}"
-            )
+        _check_range(pairs, bank.models)
     return select(problem(op, images, bank, layout=layout, precision=precision), backend)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cortexloop import _device
 from cortexloop.backends.registry import Backend, Problem, select
 
 Factors = tuple[Tensor, Tensor]
 
 
 def _backend(device: torch.device, dtype: torch.dtype, n: int) -> Backend:
-    return select(Problem(op="sample_codes", device=device.type, dtype=dtype, batch=n))
+    return select(Problem(op="sample_codes", device=device.type, index=_device.index(device), dtype=dtype, batch=n))
 
 
 def normals(seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int) -> Tensor:

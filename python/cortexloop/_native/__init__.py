@@ -1,7 +1,7 @@
-"""The only importer of the compiled module `_cpu`: availability with a reason, checked pointers, typed wrappers.
+"""The only importer of the compiled modules `_cpu` and `_cuda`: availability with a reason, checked pointers, wrappers.
 
 The kernels know neither torch nor NumPy; they get addresses and sizes. Everything an address promises (type, shape,
-device, contiguity) is checked here, because C++ cannot.
+device, contiguity) is checked here, because C++ cannot. `gpu.py` has the wrappers of `_cuda`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cortexloop import _cpu as cpu_module
 
+CPU = torch.device("cpu")
 DTYPE_CODES = {torch.uint8: 0, torch.float32: 1}
 LAYOUT_CODES = {"NHWC": 0, "NCHW": 1}
 PRECISION_CODES = {"exact": 0, "fast": 1}
@@ -64,6 +65,32 @@ def cpu() -> Any:
     return module
 
 
+@functools.cache
+def cuda_unavailable() -> str | None:
+    """None where the CUDA kernels are built and can reach a GPU, else one sentence why not."""
+    if importlib.util.find_spec("cortexloop._cuda") is None:
+        return (
+            "cortexloop was built without CUDA: no CUDA compiler (nvcc) at install time; "
+            "install the CUDA toolkit and reinstall cortexloop"
+        )
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return (
+            f"this torch ({torch.__version__}) was built without CUDA and cannot hold tensors on a GPU; "
+            "install a CUDA build of torch"
+        )
+    return cuda().unavailable() or None
+
+
+@functools.cache
+def cuda() -> Any:
+    """The compiled module `cortexloop._cuda`, loaded when first asked for; loading it needs no GPU.
+
+    Raises:
+        ModuleNotFoundError: it was not built; ask `cuda_unavailable()` first.
+    """
+    return importlib.import_module("cortexloop._cuda")
+
+
 def isas() -> list[str]:
     """Instruction sets compiled in and runnable here, weakest first."""
     names: list[str] = cpu().isas()
@@ -102,7 +129,7 @@ def fast_supported() -> bool:
     return supported
 
 
-def pointer(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu") -> int:
+def pointer(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device = CPU) -> int:
     """The address of a tensor that is exactly what the kernel expects.
 
     Raises:
@@ -112,7 +139,7 @@ def pointer(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], de
     """
     if x.dtype != dtype:
         raise TypeError(f"{name} should be {dtype}, got {x.dtype}")
-    if x.device.type != device:
+    if x.device != device:
         raise ValueError(f"{name} should be on {device}, got {x.device}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} should have shape {list(shape)}, got {list(x.shape)}")
@@ -128,27 +155,35 @@ def bank_unsupported(table: Tensor) -> str | None:
     return sentence or None
 
 
-def _arguments(images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str) -> tuple[int, ...]:
-    """The arguments shared by all bank functions, from `images_ptr` to `pairs_ptr`."""
+def image_arguments(images: Tensor, layout: str) -> tuple[int, int, int, int, int, int]:
+    """(images_ptr, dtype, layout, batch, height, width), as all bank functions of both modules take them.
+
+    Raises:
+        TypeError: a dtype that the kernels do not take.
+        ValueError: not three channels, or not contiguous.
+    """
     batch = images.shape[0]
     height, width = images.shape[1:3] if layout == "NHWC" else images.shape[2:4]
     shape = (batch, height, width, 3) if layout == "NHWC" else (batch, 3, height, width)
     if images.dtype not in DTYPE_CODES:
         raise TypeError(f"images should be torch.uint8 or torch.float32, got {images.dtype}")
+    address = pointer(images, "images", images.dtype, shape, images.device)
+    return address, DTYPE_CODES[images.dtype], LAYOUT_CODES[layout], batch, height, width
+
+
+def _arguments(images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str) -> tuple[int, ...]:
+    """The arguments shared by all bank functions of `_cpu`, from `images_ptr` to `pairs_ptr`."""
+    if images.device != CPU:
+        raise ValueError(f"images should be on cpu, got {images.device}")
     n, fields = table.shape
     return (
-        pointer(images, "images", images.dtype, shape),
-        DTYPE_CODES[images.dtype],
-        LAYOUT_CODES[layout],
-        batch,
-        height,
-        width,
+        *image_arguments(images, layout),
         pointer(weights, "weights", torch.float32, (weights.numel(),)),
         weights.numel(),
         pointer(table, "table", torch.int64, (n, fields)),
         n,
         fields,
-        0 if pairs is None else pointer(pairs, "pairs", torch.int64, (batch,)),
+        0 if pairs is None else pointer(pairs, "pairs", torch.int64, (images.shape[0],)),
     )
 
 
