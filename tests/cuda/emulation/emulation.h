@@ -206,6 +206,22 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 template <class T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+template <class T>
+void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
+template <class T>
 T atomicAdd(T* address, T value) {
   const T before = *address;
   *address = before + value;
