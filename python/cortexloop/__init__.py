@@ -22,6 +22,7 @@ from cortexloop.functional import (
     input_gradient,
     responses,
     set_num_threads,
+    stream_responses,
     use_backend,
 )
 from cortexloop.images import recenter, to_pixels
@@ -48,6 +49,7 @@ __all__ = [
     "recenter",
     "responses",
     "set_num_threads",
+    "stream_responses",
     "to_pixels",
     "use_backend",
 ]

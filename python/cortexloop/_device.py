@@ -153,9 +153,24 @@ def captured(work: Callable[[], object], lane: Lane) -> Callable[[], object]:
     return graph.replay
 
 
-def free_memory(device: torch.device) -> str:
-    """How much memory of a GPU is free, as part of a sentence; nothing elsewhere."""
-    if not on_gpu(device):
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    return f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+@contextlib.contextmanager
+def memory(device: torch.device, what: str) -> Iterator[None]:
+    """Say in one sentence what did not fit.
+
+    Args:
+        what: what the block needs memory for, with its size.
+
+    Raises:
+        torch.OutOfMemoryError: instead of torch's own, or of a MemoryError of the kernels.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        free = ""
+        if on_gpu(device):
+            left, total = torch.cuda.mem_get_info(device)
+            free = f", of which {left / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+        raise torch.OutOfMemoryError(
+            f"there is not enough memory on {device}{free}, for {what}; "
+            "give fewer images at a time, or free memory on that device"
+        ) from error

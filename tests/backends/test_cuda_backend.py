@@ -167,10 +167,10 @@ def test_out_of_memory_is_one_sentence(fake_cuda: FakeCuda, error: Exception) ->
     with pytest.raises(torch.OutOfMemoryError) as raised:
         cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
     assert str(raised.value) == (
-        "cpu is out of memory: 3 images with 5 models need 3 MiB to work in beside their images and results; "
-        "show fewer images per call, or free memory on that device"
+        "there is not enough memory on cpu, for 3 images with 5 models: 3 MiB of workspace, and the results; "
+        "give fewer images at a time, or free memory on that device"
     )
-    with pytest.raises(torch.OutOfMemoryError, match="3 pairs need 3 MiB"):
+    with pytest.raises(torch.OutOfMemoryError, match="for 3 pairs: 3 MiB of workspace"):
         cl.input_gradient(INPUTS.images, INPUTS.bank, torch.ones(3), pairs=INPUTS.pairs, backend="cuda")
 
 
@@ -180,9 +180,19 @@ def test_memory_that_does_not_fit_is_one_sentence(fake_cuda: FakeCuda, monkeypat
 
     cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
     monkeypatch.setattr(_device, "aligned_buffer", full)
-    monkeypatch.setattr(_device, "free_memory", lambda device: ", 0.1 of 80.0 GiB are free")
-    with pytest.raises(torch.OutOfMemoryError, match=r"results, 0\.1 of 80\.0 GiB are free; show fewer images"):
+    with pytest.raises(torch.OutOfMemoryError, match="for 3 images with 5 models: 0 MiB of workspace"):
         cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
+
+
+def test_the_sentence_says_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**28, 80 * 2**30))
+    with (
+        pytest.raises(
+            torch.OutOfMemoryError, match=r"on cuda:0, of which 0\.2 of 80\.0 GiB are free, for a test; give"
+        ),
+        _device.memory(torch.device("cuda", 0), "a test"),
+    ):
+        raise MemoryError
 
 
 def test_a_failed_launch_names_the_kernel_and_the_next_call_works(fake_cuda: FakeCuda) -> None:

@@ -126,7 +126,12 @@ FLOATS = np.zeros((4, 17, 13, 3), np.float32)
         (np.zeros((4, 17, 13, 4), np.uint8), {}, ValueError, r"expected three channels \(R, G, B\)"),
         (FLOATS, {"layout": "nhwc"}, ValueError, 'layout should be "NHWC" or "NCHW", got \'nhwc\''),
         (FLOATS, {"precision": "bf16"}, ValueError, 'precision should be "exact" or "fast", got \'bf16\''),
-        (FLOATS, {"backend": "gpu"}, ValueError, "backend should be one of 'auto', 'cpu', 'cuda', 'triton', 'reference', got 'gpu'"),
+        (
+            FLOATS,
+            {"backend": "gpu"},
+            ValueError,
+            "backend should be one of 'auto', 'cpu', 'cuda', 'triton', 'reference', got 'gpu'",
+        ),
         (FLOATS.astype(np.int64), {}, TypeError, r"got int64; convert pixels 0..255 with .astype\('uint8'\)"),
         (FLOATS.astype(np.uint16), {}, TypeError, "got uint16; convert pixels"),
         (FLOATS.astype(np.int8), {}, TypeError, "got int8; convert pixels"),

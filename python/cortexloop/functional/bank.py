@@ -10,12 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cortexloop import ops
+from cortexloop import _device, ops
 from cortexloop.bank import ModelBank
+from cortexloop.functional.pipeline import through_device
 from cortexloop.packing import ModelField
 
 NumpyArray = NDArray[Any]
 Pairs = Sequence[int] | NumpyArray | Tensor
+CHUNK = 256
+"""NumPy images on their way to a GPU at a time."""
+
 _IMAGE_DTYPES = (torch.uint8, torch.float32, torch.float64)
 
 
@@ -49,6 +53,8 @@ def _wrong_dtype(name: str) -> str:
 
 def check_images(images: NumpyArray | Tensor, bank: ModelBank, layout: str) -> Tensor:
     """A contiguous tensor of images that the bank takes; arrays that are not contiguous are copied.
+
+    NumPy arrays become tensors in host memory, wherever the bank is.
 
     Raises:
         TypeError: not an array, or a dtype that is neither pixels nor recentred values.
@@ -84,12 +90,18 @@ def check_images(images: NumpyArray | Tensor, bank: ModelBank, layout: str) -> T
     tensor = images if isinstance(images, Tensor) else _check_numpy_images(images)
     if tensor.dtype not in _IMAGE_DTYPES:
         raise TypeError(_wrong_dtype(str(tensor.dtype).removeprefix("torch.")))
-    if tensor.device != bank.device:
+    if isinstance(images, Tensor) and tensor.device != bank.device:
         raise ValueError(
             f"images are on {tensor.device}, the bank is on {bank.device}; "
             f"move one of them: bank.to({str(tensor.device)!r})"
         )
     return tensor.contiguous()
+
+
+def _on_device(images: Tensor, bank: ModelBank) -> Tensor:
+    """NumPy images where the bank is."""
+    with _device.memory(bank.device, f"{len(images)} images"):
+        return images.to(bank.device)
 
 
 def check_pairs(pairs: Pairs | None, batch: int, bank: ModelBank) -> Tensor | None:
@@ -157,7 +169,8 @@ def responses(
             float64 are recentred values already (about -116..155, see `recenter`) and are not checked for that.
             float64 is computed in float64 (by the reference backend). Arrays that are not contiguous, and read-only
             NumPy arrays, are copied. NaN: an error in a NumPy array; torch tensors are not inspected, NaN propagates.
-        bank: N models; it has to be on the device of the images.
+        bank: N models; it has to be on the device of torch images. NumPy images are copied to the bank's device and
+            the responses back, 256 images at a time while those before are computed (with pairs: all at once).
         pairs: [B] positions of models; image i is then shown to model pairs[i] only.
         layout: "NHWC" or "NCHW"; checked, never guessed.
         precision: "exact" (float32) or "fast" (reduced precision where the processor has it; see `explain`).
@@ -179,17 +192,19 @@ def responses(
         torch.stack([module(recenter(images)) for module in modules], dim=1)
     """
     tensor = check_images(images, bank, layout)
-    forward = ops.bank_forward if isinstance(images, Tensor) else ops.evaluate_forward
-    result: Tensor = forward(
-        tensor,
-        bank.weights,
-        bank.table,
-        check_pairs(pairs, tensor.shape[0], bank),
-        layout,
-        precision,
-        backend,
-    )
-    return result if isinstance(images, Tensor) else result.numpy()
+    index = check_pairs(pairs, tensor.shape[0], bank)
+
+    def evaluate(x: Tensor) -> Tensor:
+        return ops.evaluate_forward(x, bank.weights, bank.table, index, layout, precision, backend)
+
+    if isinstance(images, Tensor):
+        result: Tensor = ops.bank_forward(tensor, bank.weights, bank.table, index, layout, precision, backend)
+        return result
+    if tensor.device == bank.device:
+        return evaluate(tensor).numpy()
+    if index is not None or len(tensor) <= CHUNK:
+        return evaluate(_on_device(tensor, bank)).cpu().numpy()
+    return torch.cat(list(through_device(torch.split(tensor, CHUNK), evaluate, bank.device))).numpy()
 
 
 def _check_cotangent(cotangent: NumpyArray | Tensor, shape: tuple[int, ...], images: Tensor) -> Tensor:
@@ -205,6 +220,8 @@ def _check_cotangent(cotangent: NumpyArray | Tensor, shape: tuple[int, ...], ima
             f"cotangent should have the dtype of the responses, {str(dtype).removeprefix('torch.')}, "
             f"got {str(tensor.dtype).removeprefix('torch.')}"
         )
+    if not isinstance(cotangent, Tensor):
+        tensor = tensor.to(images.device)
     if tensor.device != images.device:
         raise ValueError(f"cotangent is on {tensor.device}, the images are on {images.device}")
     return tensor.contiguous()
@@ -297,14 +314,14 @@ def input_gradient(
             f"images and cotangent should both be NumPy arrays or both torch tensors, "
             f"got {type(images).__name__} and {type(cotangent).__name__}"
         )
-    tensor = check_images(images, bank, layout).detach()
+    tensor = _on_device(check_images(images, bank, layout), bank).detach()
     index = check_pairs(pairs, tensor.shape[0], bank)
     shape = (tensor.shape[0], len(bank)) if index is None else (tensor.shape[0],)
     weight = _check_cotangent(cotangent, shape, tensor).detach()
     gradient = ops.bank_input_gradient if isinstance(images, Tensor) else ops.evaluate_gradient
     grad, values = gradient(tensor, bank.weights, bank.table, index, weight, layout, backend)
     if not isinstance(images, Tensor):
-        grad, values = grad.numpy(), values.numpy()
+        grad, values = grad.cpu().numpy(), values.cpu().numpy()
     return (grad, values) if return_responses else grad
 
 
@@ -340,7 +357,7 @@ def activations(
         ValueError: a model without that layer, "depthwise" of layer 0, or an unknown kind.
         TypeError, ValueError: as for `responses`.
     """
-    tensor = check_images(images, bank, layout).detach()
+    tensor = _on_device(check_images(images, bank, layout), bank).detach()
     if kind not in ("activity", "depthwise"):
         raise ValueError(f'kind should be "activity" or "depthwise", got {kind!r}')
     if layer < 0:
@@ -351,4 +368,4 @@ def activations(
         if layer >= depth:
             raise ValueError(f"model {name!r} has {depth} layers (0..{depth - 1}), layer {layer} was asked for")
     maps = ops.bank_activations(tensor, bank.weights, bank.table, layer, kind, layout)
-    return maps if isinstance(images, Tensor) else [m.numpy() for m in maps]
+    return maps if isinstance(images, Tensor) else [m.cpu().numpy() for m in maps]

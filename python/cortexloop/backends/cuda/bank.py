@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class BankOperators:
         with _device.selected(device):
             compiled = gpu.compiled_bank(weights, table)
             size = gpu.forward_workspace(compiled, images, pairs, precision)
-            with _memory(device, images, table, pairs, size):
+            with _memory(images, table, pairs, size):
                 out = torch.empty(shape, device=device)
                 workspace = _device.aligned_buffer(size, device)
                 gpu.forward(compiled, images, table, pairs, layout, precision, out, workspace)
@@ -60,7 +59,7 @@ class BankOperators:
         with _device.selected(device):
             compiled = gpu.compiled_bank(weights, table)
             size = gpu.gradient_workspace(compiled, images, pairs)
-            with _memory(device, images, table, pairs, size):
+            with _memory(images, table, pairs, size):
                 grad = torch.empty(images.shape, device=device)
                 responses = torch.empty(cotangent.shape, device=device)
                 workspace = _device.aligned_buffer(size, device)
@@ -68,20 +67,6 @@ class BankOperators:
         return grad, responses
 
 
-@contextlib.contextmanager
-def _memory(
-    device: torch.device, images: Tensor, table: Tensor, pairs: Tensor | None, workspace: int
-) -> Iterator[None]:
-    """Say in one sentence what did not fit.
-
-    Raises:
-        torch.OutOfMemoryError: instead of torch's own, or of the kernels' MemoryError.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        what = f"{images.shape[0]} images with {table.shape[0]} models" if pairs is None else f"{len(pairs)} pairs"
-        raise torch.OutOfMemoryError(
-            f"{device} is out of memory: {what} need {workspace / 2**20:.0f} MiB to work in beside their images and "
-            f"results{_device.free_memory(device)}; show fewer images per call, or free memory on that device"
-        ) from error
+def _memory(images: Tensor, table: Tensor, pairs: Tensor | None, workspace: int) -> AbstractContextManager[None]:
+    what = f"{images.shape[0]} images with {table.shape[0]} models" if pairs is None else f"{len(pairs)} pairs"
+    return _device.memory(images.device, f"{what}: {workspace / 2**20:.0f} MiB of workspace, and the results")
