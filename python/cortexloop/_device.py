@@ -88,14 +88,9 @@ class Lane:
         self.device = device
         self.stream: Any = torch.cuda.Stream(device, priority=-1 if urgent else 0) if on_gpu(device) else None  # type: ignore[no-untyped-call]
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[object]:
         """What torch launches within the block goes onto this lane."""
-        if self.stream is None:
-            yield
-            return
-        with torch.cuda.stream(self.stream):
-            yield
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def follow_caller(self) -> None:
         """Start what comes next on this lane only after everything the caller's stream has been given so far."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cortexloop import _native, ops
+from cortexloop import _device
 from cortexloop.bank import ModelBank
 from cortexloop.functional.bank import Pairs, check_pairs
+from cortexloop.realtime.bound import Call, DevicePlan, HostPlan
 
 
 class Plan:
@@ -20,6 +20,9 @@ class Plan:
     >>> plan = Plan(bank, batch=4)             # doctest: +SKIP
     >>> plan.images[:] = camera.read()         # doctest: +SKIP
     >>> plan.run()[0]                          # doctest: +SKIP
+
+    With a bank on a GPU, input and output are page-locked host memory, and one run is the replay of a captured CUDA
+    graph (copy in, kernels, copy out) on a stream of its own, ahead of other streams where the GPU lets it.
 
     Not for concurrent use: a plan has one input and one output buffer.
 
@@ -31,7 +34,7 @@ class Plan:
         bank, layout, precision: as given.
 
     Args:
-        bank: N models in host memory.
+        bank: N models in host memory or on a GPU.
         batch: B, the number of images per run (at least 1).
         dtype: "uint8" or "float32".
         layout: "NHWC" or "NCHW".
@@ -40,8 +43,9 @@ class Plan:
         pairs: [B] positions of models, fixed for the life of the plan: image i is shown to model pairs[i] only.
 
     Raises:
-        ValueError: an unknown option, a batch below 1, pairs outside the bank, or a bank that is not in host memory.
+        ValueError: an unknown option, a batch below 1, pairs outside the bank, or a bank on a device of another kind.
         BackendError: the named backend cannot run this.
+        torch.OutOfMemoryError: the GPU's memory does not suffice.
 
     Warns:
         BackendWarning: "auto" fell through to a slower backend.
@@ -66,38 +70,24 @@ class Plan:
             raise ValueError(f'precision should be "exact" or "fast", got {precision!r}')
         if batch < 1:
             raise ValueError(f"batch should be at least 1, got {batch}")
-        if bank.device.type != "cpu":
-            raise ValueError(f"a plan works in host memory, the bank is on {bank.device}; use bank.to('cpu')")
+        if bank.device.type != "cpu" and not _device.on_gpu(bank.device):
+            raise ValueError(
+                f"a plan works in host memory or on a CUDA device, the bank is on {bank.device}; use bank.to('cpu')"
+            )
         self.bank, self.layout, self.precision = bank, layout, precision
-        size = (bank.height, bank.width)
-        shape = (batch, *size, 3) if layout == "NHWC" else (batch, 3, *size)
-        self._images = torch.zeros(shape, dtype=torch.uint8 if dtype == "uint8" else torch.float32)
-        self._pairs = check_pairs(pairs, batch, bank)
-        self._responses = torch.zeros((batch, len(bank)) if pairs is None else (batch,))
-        self.images: NDArray[Any] = self._images.numpy()
-        self.responses: NDArray[np.float32] = self._responses.numpy()
-        # One call through the operator checks everything, warns where it must, and touches the pages.
-        arguments = (self._images, bank.weights, bank.table, self._pairs, layout, precision)
-        ops.bank_forward(*arguments, backend)
-        problem = ops.problem(
-            "bank_forward", self._images, ops.bank_shape(bank.table), layout=layout, precision=precision
-        )
-        chosen = ops.select(problem, backend)
-        self.backend = chosen.name
-        self._run: Callable[[], Any]
-        if chosen.name == "cpu":
-            if not _native.fast_supported():
-                arguments = (*arguments[:-1], "exact")
-            self._bound = _native.bank_plan(*arguments, self._responses)
-            self._run = self._bound.run
-        else:
-            self._run = lambda: self._responses.copy_(chosen.bank_forward(*arguments))
+        kind = torch.uint8 if dtype == "uint8" else torch.float32
+        call = Call(bank, batch, kind, layout, precision, check_pairs(pairs, batch, bank), backend)
+        self._bound = DevicePlan(call) if _device.on_gpu(bank.device) else HostPlan(call)
+        self.backend = self._bound.backend
+        self.images: NDArray[Any] = self._bound.images.numpy()
+        self.responses: NDArray[np.float32] = self._bound.responses.numpy()
+        self._run = self._bound.run
         self.run()
 
     def run(self) -> NDArray[np.float32]:
         """Evaluate `images` into `responses`, and return `responses` (the same array every time).
 
-        The C++ kernels allocate nothing here; the reference backend does.
+        The C++ kernels and a captured graph allocate nothing here; the reference backend does.
         """
         self._run()
         return self.responses
