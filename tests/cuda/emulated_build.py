@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -44,13 +50,14 @@ def accepts(cxx: str, flag: str, folder: Path) -> bool:
     return subprocess.run([cxx, flag, str(source), "-o", str(folder / "probe")], capture_output=True).returncode == 0
 
 
-def build(sources: list[Path], target: Path, extra: list[str] | None = None) -> Path:
+def build(sources: list[Path], target: Path, options: list[str] | None = None, includes: Sequence[str] = ()) -> Path:
     """Compile the sources and the emulation into a shared library, two at a time.
 
     Args:
         sources: .cpp and .cu files.
         target: the library to write; objects go beside it.
-        extra: further compiler options; they replace the default optimisation.
+        options: of the compiler, in place of the default optimisation.
+        includes: further options that say where headers are.
 
     Raises:
         CannotBuildError: no compiler.
@@ -58,10 +65,10 @@ def build(sources: list[Path], target: Path, extra: list[str] | None = None) -> 
     """
     cxx = compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if extra is None:
+    if options is None:
         native = ["-march=native"] if accepts(cxx, "-march=native", target.parent) else []
-        extra = ["-O2", *native]
-    common = [cxx, *DIALECT, *WARNINGS, *extra, *INCLUDES, "-fPIC", "-fvisibility=hidden"]
+        options = ["-O2", *native]
+    common = [cxx, *DIALECT, *WARNINGS, *options, *INCLUDES, *includes, "-fPIC", "-fvisibility=hidden"]
     jobs = []
     objects = []
     for source in [*EMULATION, STATUS, *sources]:
@@ -73,10 +80,67 @@ def build(sources: list[Path], target: Path, extra: list[str] | None = None) -> 
         for process in running:
             _, errors = process.communicate()
             assert process.returncode == 0, errors
-    link = [cxx, *extra, "-shared", *objects, "-pthread", "-o", str(target)]
+    link = [cxx, *options, "-shared", *objects, "-pthread", "-o", str(target)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
+
+
+def module_sources() -> list[Path]:
+    """What the extension module `_cuda` is made of, besides the status functions."""
+    kernels = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
+    return [CSRC / "bindings" / "cuda_module.cpp", CSRC / "common" / "model_view.cpp", *kernels]
+
+
+def python_includes() -> list[str]:
+    """Where the headers of Python and pybind11 are.
+
+    Raises:
+        CannotBuildError: one of them is not installed.
+    """
+    python = sysconfig.get_path("include")
+    if not Path(python, "Python.h").is_file():
+        raise CannotBuildError(f"no Python.h in {python} (install Python's development files)")
+    if importlib.util.find_spec("pybind11") is None:
+        raise CannotBuildError("pybind11 is not installed (pip install pybind11)")
+    import pybind11
+
+    return [f"-isystem{python}", f"-isystem{pybind11.get_include()}"]
+
+
+def module_key() -> str:
+    """Changes whenever a source, a header or the compiler does."""
+    digest = hashlib.sha256(subprocess.run([compiler(), "--version"], capture_output=True).stdout)
+    folders = [CSRC / "cuda", CSRC / "common", CSRC / "include", HERE / "emulation"]
+    files = [p for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+    for path in [*files, CSRC / "bindings" / "cuda_module.cpp", Path(__file__)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build_module(folder: Path) -> Path:
+    """The extension module `_cuda` that runs on the CPU; built once for the same sources and the same folder.
+
+    Raises:
+        CannotBuildError: a compiler or header is missing.
+        AssertionError: a source does not compile; the message is the compiler's.
+    """
+    target = folder / module_key() / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not target.is_file():
+        partial = target.with_suffix(".part")
+        build(module_sources(), partial, includes=python_includes())
+        partial.rename(target)
+    return target
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import the file as the module `_cuda`, without making it known to other imports."""
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Settings:
@@ -85,10 +149,22 @@ class Settings:
     Examples: `settings["shared_memory"] = 99 * 1024`, `settings["schedule"] = 1`, `settings["launches"]`.
     """
 
-    def __init__(self, library: Path) -> None:
+    NAMES = ("devices", "driver", "multiprocessors", "shared_memory", "major", "minor", "free_memory", "schedule")
+
+    def __init__(self, library: str | Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.cortexloop_emulation_get.restype = ctypes.c_longlong
         self._library.cortexloop_emulation_set.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the settings that the block changes back at its end."""
+        before = {name: self[name] for name in self.NAMES}
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                self[name] = value
 
     def __getitem__(self, name: str) -> int:
         value = self._library.cortexloop_emulation_get(name.encode())

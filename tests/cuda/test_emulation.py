@@ -52,11 +52,8 @@ def library(library_path: Path) -> ctypes.CDLL:
 def settings(library_path: Path) -> Iterator[emulated_build.Settings]:
     """The emulated device, put back after the test."""
     found = emulated_build.Settings(library_path)
-    names = ("schedule", "shared_memory", "devices", "fail_launch")
-    before = {name: found[name] for name in names}
-    yield found
-    for name, value in before.items():
-        found[name] = value
+    with found.restored():
+        yield found
 
 
 def pointer(x: np.ndarray) -> ctypes.c_void_p:
