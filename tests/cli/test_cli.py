@@ -294,7 +294,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, models, folder, monkeypatch):
     def broken(*arguments, **options):
         raise ValueError("a bug in the computation")
 
-    monkeypatch.setattr(cl, "responses", broken)
+    monkeypatch.setattr(cl, "stream_responses", broken)
     with pytest.raises(ValueError, match="a bug in the computation"):
         cortexloop("respond", "--models", models, "--images", folder, "--out", tmp_path / "out.npz")
     assert not (tmp_path / "out.npz").exists()

@@ -29,7 +29,7 @@ Neurons = Annotated[
     typer.Option("--neurons", help="Names, patterns ('190923/*') or positions ('0,3-7') of models; all if not given."),
 ]
 Threads = Annotated[Optional[int], typer.Option("--threads", help="Number of threads; all processors if not given.")]  # noqa: UP045
-Backend = Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, cpu, cuda, triton or reference.")]
 Precision = Annotated[str, typer.Option("--precision", help="exact or fast (reduced precision, where supported).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no progress.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used, and list them.")]
@@ -134,6 +134,9 @@ def respond(
     precision: Precision = "exact",
     threads: Threads = None,
     backend: Backend = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="auto (a GPU where its kernels take the models), cpu, cuda, cuda:1, ...")
+    ] = "auto",
     layout: Annotated[str, typer.Option("--layout", help="Axes of an array file: NHWC or NCHW.")] = "NHWC",
     key: Annotated[Optional[str], typer.Option("--key", help="Name of the array in an .npz of images.")] = None,  # noqa: UP045
     recentred: Annotated[
@@ -157,6 +160,7 @@ def respond(
             precision=precision,
             threads=threads,
             backend=backend,
+            device=device,
             layout=layout,
             key=key,
             recentred=recentred,

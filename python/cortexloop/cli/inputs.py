@@ -8,9 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+from rich.markup import escape
+
 import cortexloop as cl
-from cortexloop import io
-from cortexloop.cli.console import BadInputError, bad_input, sentence
+from cortexloop import io, ops
+from cortexloop.cli.console import BadInputError, bad_input, sentence, stderr
 
 
 def load_bank(path: Path, neurons: Sequence[str] = ()) -> cl.ModelBank:
@@ -80,6 +83,43 @@ def settle_threads(threads: int | None) -> int:
         with bad_input():
             cl.set_num_threads(threads)
     return cl.get_num_threads()
+
+
+def settle_device(bank: cl.ModelBank, device: str, *, backend: str, precision: str, dtype: str) -> cl.ModelBank:
+    """The bank where it will run. "auto" is the first GPU if a GPU backend takes the bank there, else the processor.
+
+    Raises:
+        BadInputError: an unknown device, or one that is not there.
+    """
+    if device == "auto":
+        if backend in ("cpu", "reference") or not torch.cuda.is_available():
+            return bank
+        gpu = torch.device("cuda", 0)
+        kind = torch.uint8 if dtype == "uint8" else torch.float32
+        shape = ops.bank_shape(bank.table)
+        verdict = ops.explain(ops.Problem("bank_forward", "cuda", 0, kind, precision=precision, bank=shape))
+        if verdict.chosen == "reference":
+            reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdict.verdicts if v.reason)
+            stderr().print(f"the GPU is not used ({escape(reasons)})", soft_wrap=True)
+            return bank
+        return bank.to(gpu)
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
+    if match is None:
+        raise BadInputError(f"--device should be auto, cpu, cuda or a numbered one such as cuda:1, got {device!r}")
+    if device == "cpu":
+        return bank
+    count = torch.cuda.device_count()
+    if int(match[1] or 0) >= count:
+        there = ", ".join(f"cuda:{i}" for i in range(count)) or "no GPU"
+        raise BadInputError(f"--device {device}: torch {torch.__version__} sees {there} here")
+    return bank.to(torch.device("cuda", int(match[1] or 0)))
+
+
+def where_it_runs(bank: cl.ModelBank, threads: int) -> str:
+    """The GPU's product name, or the number of threads."""
+    if bank.device.type == "cuda":
+        return torch.cuda.get_device_name(bank.device)
+    return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
 def settle_backend(
