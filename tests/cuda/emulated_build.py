@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -16,7 +17,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-EMULATION = [HERE / "emulation" / "emulation.cpp", HERE / "emulation" / "fiber.cpp"]
+EMULATION = sorted((HERE / "emulation").glob("*.cpp"))
 STATUS = CSRC / "common" / "status.cpp"
 INCLUDES = [f"-I{folder}" for folder in (HERE / "emulation", CSRC / "cuda", CSRC / "include")]
 # Kernels read vectors through pointers to other types, as CUDA allows; "#pragma unroll" is nvcc's.
@@ -74,12 +75,9 @@ def build(sources: list[Path], target: Path, options: list[str] | None = None, i
     for source in [*EMULATION, STATUS, *sources]:
         objects.append(str(target.parent / f"{target.name}.{source.name}.o"))
         jobs.append([*common, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-    while jobs:
-        running = [subprocess.Popen(job, stderr=subprocess.PIPE, text=True) for job in jobs[:2]]
-        jobs = jobs[2:]
-        for process in running:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda job: subprocess.run(job, capture_output=True, text=True), jobs):
+            assert done.returncode == 0, done.stderr
     link = [cxx, *options, "-shared", *objects, "-pthread", "-o", str(target)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

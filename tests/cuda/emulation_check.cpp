@@ -166,6 +166,19 @@ __global__ void unwritten_kernel(float* out) {
   *out = reinterpret_cast<const float*>(shared)[3] > 0.0f;
 }
 
+// Blocks draw units until none is left and note who drew which; a static variable carries the unit across a barrier.
+__global__ void draw_kernel(unsigned* next, int* owner, int units) {
+  __shared__ unsigned drawn;
+  for (;;) {
+    if (threadIdx.x == 0) drawn = atomicAdd(next, 1u);
+    __syncthreads();
+    const auto unit = static_cast<int>(drawn);
+    __syncthreads();
+    if (unit >= units) return;
+    if (threadIdx.x == 33) owner[unit] = static_cast<int>(blockIdx.x);
+  }
+}
+
 // Copies asynchronously; reads before and after the wait.
 __global__ void copies_kernel(const int* in, int* out) {
   CORTEXLOOP_SHARED(shared);
@@ -211,6 +224,9 @@ EXPORT const char* faulty(int fault, int* out) {
   return sentence(launch("faulty_kernel", faulty_kernel, 2, 64, bytes, nullptr, fault, out));
 }
 EXPORT const char* race(int* out) { return sentence(launch("race_kernel", race_kernel, 1, 128, 512, nullptr, out)); }
+EXPORT const char* draw(unsigned* next, int* owner, int units) {
+  return sentence(launch("draw_kernel", draw_kernel, 4, 64, 0, nullptr, next, owner, units));
+}
 EXPORT const char* unwritten(float* out) {
   return sentence(launch("unwritten_kernel", unwritten_kernel, 1, 1, 64, nullptr, out));
 }

@@ -42,7 +42,7 @@ def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def library(library_path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path))
-    for name in ("product", "sums", "lanes", "faulty", "race", "unwritten", "copies", "sized", "on_device"):
+    for name in ("product", "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.permuted.restype = ctypes.c_uint
     return loaded
@@ -127,6 +127,24 @@ def test_schedules_show_a_race(library: ctypes.CDLL, settings: emulated_build.Se
         assert library.race(pointer(out)) == b""
         answers.append(out)
     assert not np.array_equal(*answers)
+
+
+def test_blocks_take_turns(library: ctypes.CDLL, settings: emulated_build.Settings) -> None:
+    """In order, the first block draws all units; interleaved, several do, in an order that the seed decides."""
+    owners = {}
+    for schedule in (0, 1, 2, 3, 2):
+        settings["schedule"] = schedule
+        following, owner = np.zeros(1, np.uint32), np.full(20, -1, np.int32)
+        assert library.draw(pointer(following), pointer(owner), owner.size) == b""
+        assert following[0] == 20 + 4
+        assert owner.min() >= 0
+        if schedule in owners:
+            assert owners[schedule] == owner.tolist()
+        owners[schedule] = owner.tolist()
+    assert set(owners[0]) == {0}
+    assert set(owners[1]) == {3}
+    assert set(owners[2]) == {0, 1, 2}
+    assert owners[2] != owners[3]
 
 
 def test_schedules_show_unwritten_shared_memory(library: ctypes.CDLL, settings: emulated_build.Settings) -> None:

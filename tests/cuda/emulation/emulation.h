@@ -1,10 +1,13 @@
 // Test-only emulation of CUDA: a C++ compiler builds the .cu files against this header, and the kernels run on the CPU.
 //
-// Every thread of a block is a fiber; blocks run one after the other. Nothing here is fast or parallel: it checks what a
-// kernel computes, that barriers and warp instructions are reached by everyone, that shared memory is neither overrun
-// nor read before it is written (it starts as garbage), and, by running the same launch with different schedules, that
-// the answer does not depend on who comes first. A misuse is reported as a failed launch whose text says what happened
-// where. What it cannot show: speed, register use, the summation order inside a tensor core, the memory model.
+// Every thread of a block is a fiber. Nothing here is fast or parallel: it checks what a kernel computes, that barriers
+// and warp instructions are reached by everyone, that shared memory is not overrun, and, by running the same launch with
+// different schedules, that the answer does not depend on who comes first, nor on what shared memory held before. A
+// misuse is reported as a failed launch whose text says what happened where. What it cannot show: speed, register use,
+// the summation order inside a tensor core, the memory model.
+//
+// Schedule 0 runs blocks, warps and lanes in order; 1 in reverse; 2 and more take turns at random, with that seed: warps
+// at each of their collectives, and three blocks in flight at each barrier. The garbage in shared memory differs too.
 //
 // Differences to know: mma_16816 adds products in ascending k, one float rounding each (hardware adds groups of
 // products with truncation); __shfl_sync also orders shared memory here, on hardware only __syncwarp does.
@@ -28,7 +31,7 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
@@ -36,10 +39,10 @@
 
 #define CORTEXLOOP_SHARED(name) unsigned char* const name = ::cortexloop::emulation::dynamic_shared()
 
-extern uint3 threadIdx;
-extern uint3 blockIdx;
-extern dim3 blockDim;
-extern dim3 gridDim;
+extern thread_local uint3 threadIdx;
+extern thread_local uint3 blockIdx;
+extern uint3 blockDim;
+extern uint3 gridDim;
 constexpr int warpSize = 32;
 
 namespace cortexloop::emulation {
@@ -104,14 +107,10 @@ void copy_async_wait(int pending);
 // Ends the launch with an error that gives the sentence, the block and the thread.
 [[noreturn]] void misuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Runs `body` once per thread of every block.
+// Runs `body` once per thread of every block, in the order of the schedule that is set (state.h).
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
 
 cudaError_t allow_shared(const void* kernel, int bytes);
-
-// 0: blocks, warps and lanes in order; 1: in reverse; 2 and more: warps interleaved at random with this seed. The
-// garbage that shared memory starts with differs too.
-void set_schedule(int schedule);
 
 template <class... P, std::size_t... I>
 void call(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
