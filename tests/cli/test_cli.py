@@ -12,9 +12,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import cortexloop as cl
@@ -356,11 +358,30 @@ def test_doctor():
     assert document["threads"] == cl.get_num_threads()
     assert document["packages"]["torch"]
     assert {v["backend"] for v in document["backends"]["bank_forward"]} == {"cpu", "reference"}
+    on_a_gpu = document["backends_on_a_gpu"]["bank_forward"]
+    assert [v["backend"] for v in on_a_gpu] == ["cuda", "triton", "reference"]
+    assert all(v["reason"] for v in on_a_gpu[:2]) or document["gpu"]["devices"]
     assert set(document["variables"]) == {"CORTEXLOOP_ISA", "CORTEXLOOP_NUM_THREADS", "CORTEXLOOP_V4_DATA"}
     code, out, _ = cortexloop("doctor")
     assert code == 0
-    for word in ("Versions", "processor", "Backends", "Optional packages", "CORTEXLOOP_V4_DATA"):
+    for word in ("Versions", "processor", "GPU", "CUDA kernels", "Backends", "Optional packages", "CORTEXLOOP_V4_DATA"):
         assert word in out
+
+
+def test_doctor_describes_gpus(monkeypatch, fake_cuda):
+    properties = SimpleNamespace(name="Imaginary GPU", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    document = json.loads(cortexloop("doctor", "--json")[1])
+    assert document["gpu"]["reason"] is None
+    assert [d["unsupported"] for d in document["gpu"]["devices"]] == [
+        None,
+        "there is no GPU number 1, this machine has 1",
+    ]
+    out = " ".join(cortexloop("doctor")[1].split())
+    assert "cuda:0 Imaginary GPU, compute capability 9.0, 80 GiB" in out
+    assert "no CUDA kernels: there is no GPU number 1" in out
+    assert "CUDA kernels built" in out
 
 
 def test_bench_times_every_candidate_and_restores_the_threads(models):

@@ -46,7 +46,13 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         (name, extra["version"] or f"[dim]absent; only for {escape(extra['purpose'])}[/]")
         for name, extra in found["optional"].items()
     ]
-    backends = [(op, text) for op, verdicts in found["backends"].items() for text in map(_verdict, verdicts)]
+    backends = [
+        (f"{op}, {where}", text)
+        for where, key in (("processor", "backends"), ("GPU", "backends_on_a_gpu"))
+        if where == "processor" or found["gpu"]["devices"]
+        for op, verdicts in found[key].items()
+        for text in map(_verdict, verdicts)
+    ]
     return [
         ("Versions", versions),
         (
@@ -60,6 +66,7 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ('precision "fast"', fast),
             ],
         ),
+        ("GPU", _gpu(found["gpu"])),
         ("Backends", backends),
         ("Optional packages", extras),
         (
@@ -69,6 +76,24 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 for name, value in found["variables"].items()
             ],
         ),
+    ]
+
+
+def _gpu(found: dict[str, Any]) -> list[tuple[str, str]]:
+    devices = [
+        (
+            device["device"],
+            f"{escape(device['name'])}, compute capability {device['capability']}, {device['memory'] / 2**30:.0f} GiB"
+            + (f" [yellow](no CUDA kernels: {escape(device['unsupported'])})[/]" if device["unsupported"] else ""),
+        )
+        for device in found["devices"]
+    ]
+    reason = found["reason"]
+    return [
+        *(devices or [("devices", "none that torch can see")]),
+        ("torch's CUDA", found["torch_cuda"] or "none: this torch was built without"),
+        ("CUDA kernels", "built" if reason is None else f"[yellow]cannot run[/]: {escape(reason)}"),
+        ("triton", found["triton"] or "absent; runs the models on GPUs where the CUDA kernels were not built"),
     ]
 
 

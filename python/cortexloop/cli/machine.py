@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cortexloop as cl
 
 REQUIRED = ("numpy", "torch", "safetensors", "pillow", "matplotlib", "jinja2", "typer", "rich")
@@ -67,15 +69,41 @@ def kernels() -> dict[str, Any]:
     return {"reason": None, "isa": _native.isa(), "isas": _native.isas(), "fast": _native.fast_supported()}
 
 
+def gpu() -> dict[str, Any]:
+    """GPUs as torch sees them, and the state of the CUDA kernels: `reason` (None if built and able to reach a GPU).
+
+    Keys: torch_cuda (the CUDA that torch was built with, or None), triton (its version, or None), reason, devices
+    (name, compute capability, memory in bytes, and why the kernels do not run there, or None).
+    """
+    from cortexloop import _native
+    from cortexloop._native import gpu as kernels_on_gpu
+
+    reason = _native.cuda_unavailable()
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory": properties.total_memory,
+                "unsupported": kernels_on_gpu.device_unsupported(i) if reason is None else reason,
+            }
+        )
+    return {"torch_cuda": torch.version.cuda, "triton": version_of("triton"), "reason": reason, "devices": found}
+
+
+def _verdicts(op: str, device: str) -> list[dict[str, Any]]:
+    return [
+        {"backend": v.backend, "chosen": v.chosen, "reason": v.reason, "note": v.note}
+        for v in cl.explain(op, device=device).verdicts
+    ]
+
+
 def facts() -> dict[str, Any]:
     """Everything `doctor` prints, as plain data."""
-    backends = {
-        op: [
-            {"backend": v.backend, "chosen": v.chosen, "reason": v.reason, "note": v.note}
-            for v in cl.explain(op).verdicts
-        ]
-        for op in ("bank_forward", "bank_input_gradient")
-    }
+    ops = ("bank_forward", "bank_input_gradient")
     return {
         "cortexloop": cl.__version__,
         "location": str(Path(cl.__file__).parent),
@@ -87,6 +115,8 @@ def facts() -> dict[str, Any]:
         "processors": processors(),
         "threads": cl.get_num_threads(),
         "kernels": kernels(),
-        "backends": backends,
+        "gpu": gpu(),
+        "backends": {op: _verdicts(op, "cpu") for op in ops},
+        "backends_on_a_gpu": {op: _verdicts(op, "cuda") for op in ops},
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
