@@ -5,7 +5,7 @@
     scores = cl.responses(images, bank)                        # uint8 [B, H, W, 3] -> float32 [B, N]
     uphill = cl.input_gradient(images, bank, np.ones_like(scores))
 
-Submodules `evolve`, `io`, `models`, `metrics`, `synthesis` and `testing` are imported when first used.
+Submodules `evolve`, `io`, `models`, `metrics`, `screening`, `synthesis` and `testing` are imported when first used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cortexloop.ops import BackendError, BackendWarning, Explanation
 from cortexloop.realtime import Plan
 from cortexloop.weights import IMAGE_MEAN, CompactWeights, LayerWeights
 
-_LAZY = ("evolve", "io", "metrics", "models", "synthesis", "testing")
+_LAZY = ("evolve", "io", "metrics", "models", "screening", "synthesis", "testing")
 
 __all__ = [
     "IMAGE_MEAN",

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     # Plan binds pointers once instead of going through the operators
     "realtime": {*LEAVES, "functional", "ops", "_native"},
     "synthesis": {*LEAVES, "functional"},
+    "screening": {*LEAVES, "functional"},
     # the counter-based random numbers and sums of whole populations are operators without a functional form
     "evolve": {*LEAVES, "functional", "ops", "io"},
     "testing": {*LEAVES, "functional", "models"},
@@ -43,13 +44,26 @@ ALLOWED: dict[str, set[str]] = {
         "ops",
         "realtime",
         "synthesis",
+        "screening",
         "evolve",
         "testing",
         "_native",
         "__init__",
     },
     "__main__": {"cli"},
-    "__init__": {*LEAVES, "functional", "ops", "realtime", "io", "models", "metrics", "synthesis", "evolve", "testing"},
+    "__init__": {
+        *LEAVES,
+        "functional",
+        "ops",
+        "realtime",
+        "io",
+        "models",
+        "metrics",
+        "synthesis",
+        "screening",
+        "evolve",
+        "testing",
+    },
 }
 
 # Packages from elsewhere that only some rooms may import; NumPy and the standard library are open to all.

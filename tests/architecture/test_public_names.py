@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from types import ModuleType
@@ -13,6 +14,8 @@ import cortexloop
 def public_modules() -> list[ModuleType]:
     """All modules of the package without an underscore in their path; importing them proves that they import."""
     names = [info.name for info in pkgutil.walk_packages(cortexloop.__path__, "cortexloop.")]
+    if importlib.util.find_spec("triton") is None:  # only the folder itself imports without it
+        names = [name for name in names if not name.startswith("cortexloop.backends.triton.")]
     public = [name for name in names if not any(part.startswith("_") for part in name.split("."))]
     return [importlib.import_module(name) for name in ("cortexloop", *public)]
 

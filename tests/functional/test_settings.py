@@ -69,6 +69,6 @@ def test_public_names_exist_and_are_documented() -> None:
     for name in cl.__all__:
         value = getattr(cl, name)
         assert name in ("IMAGE_MEAN", "__version__") or value.__doc__, name
-    assert {"io", "models", "metrics", "synthesis", "testing"} <= set(dir(cl))
+    assert {"io", "models", "metrics", "screening", "synthesis", "testing"} <= set(dir(cl))
     with pytest.raises(AttributeError, match="no attribute 'respones'"):
         _ = cl.respones  # type: ignore[attr-defined]
