@@ -18,6 +18,14 @@ NO_KERNELS = _native.unavailable()
 ISAS = _native.isas() if NO_KERNELS is None else ["any"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rehearse-gpu",
+        action="store_true",
+        help="run tests/gpu on the CPU with a stand-in for the CUDA kernels, to find mistakes in those tests",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if NO_KERNELS is not None:
         # Without the C++ kernels every call says so; the suite is to pass on such an installation too.
