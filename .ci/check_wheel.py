@@ -1,4 +1,4 @@
-"""Check what a built wheel holds: `check_wheel.py WHEEL [--kernels]`."""
+"""Check what a built wheel holds: `check_wheel.py WHEEL [MODULE ...]`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ LIMIT = 20 * 2**20
 PACKAGE = "cortexloop/"
 
 
-def problems(wheel: Path, *, kernels: bool) -> list[str]:
+def problems(wheel: Path, modules: set[str]) -> list[str]:
     """What is wrong with the wheel, one sentence each.
 
     Args:
-        kernels: whether it should hold the compiled module; if not, it must hold none.
+        modules: the compiled modules that it should hold, and no others: `_cpu`, `_cuda`.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     found = []
     if wheel.stat().st_size > LIMIT:
         found.append(f"it is {wheel.stat().st_size / 2**20:.1f} MiB, at most {LIMIT / 2**20:.0f} MiB is wanted")
-    compiled = [n for n in names if n.endswith((".so", ".pyd", ".dylib"))]
-    expected = 1 if kernels else 0
-    if len(compiled) != expected or any(not n.startswith(f"{PACKAGE}_cpu.") for n in compiled):
-        found.append(f"it should hold {expected} compiled module(s) named _cpu, it holds {compiled or 'none'}")
+    compiled = {n for n in names if n.endswith((".so", ".pyd", ".dylib"))}
+    if {n.removeprefix(PACKAGE).split(".")[0] for n in compiled} != modules or len(compiled) != len(modules):
+        found.append(f"compiled modules should be {sorted(modules) or 'none'}, it holds {sorted(compiled) or 'none'}")
     strangers = [n for n in names if not n.startswith((PACKAGE, "cortexloop-"))]
     if strangers:
         found.append(f"files outside the package: {strangers}")
     modules = {str(p.relative_to("python")) for p in Path("python").rglob("*.py")} | {
         f"{PACKAGE}py.typed",
         f"{PACKAGE}_cpu.pyi",
+        f"{PACKAGE}_cuda.pyi",
     }
     missing = sorted(modules - set(names))
     if missing:
@@ -43,7 +43,7 @@ def problems(wheel: Path, *, kernels: bool) -> list[str]:
 def main() -> int:
     """Print the verdict; exit code 1 if something is wrong."""
     wheel = Path(sys.argv[1])
-    found = problems(wheel, kernels="--kernels" in sys.argv[2:])
+    found = problems(wheel, set(sys.argv[2:]))
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB", *found, sep="\n  ")
     return 1 if found else 0
 
