@@ -105,4 +105,56 @@ Status set_isa(const std::string& name);
 bool fast_supported();  // whether the one in force has a reduced-precision forward
 
 }  // namespace cpu
+
+namespace cuda {
+
+struct Device {
+  std::string name;
+  int major, minor;  // compute capability
+  int multiprocessors;
+  std::int64_t shared_memory;  // of a block at most, bytes
+  std::int64_t memory, l2;     // bytes
+};
+
+bool emulated();            // built for tests: kernels run on the CPU, device memory is host memory
+std::string unavailable();  // "" or one sentence: no driver, no device
+int device_count();         // 0 without a driver
+Status device(int index, Device* device);
+std::string device_unsupported(int index);  // "" or one sentence
+
+// Where a call runs. `packed`: a copy of Bank::packed() in the memory of that device, aligned to 256 bytes.
+struct Place {
+  const void* packed;
+  void* workspace;
+  std::int64_t workspace_bytes;
+  int device;
+  void* stream;
+};
+
+// A bank as the kernels read it, with all sizes known on the host. Calls launch kernels on a stream and return; they
+// allocate nothing, do not wait and can be captured in a graph. All addresses in their arguments are of device memory;
+// the BankView in them is ignored.
+class Bank {
+ public:
+  static Status make(const BankView& host, std::unique_ptr<Bank>* bank);
+  ~Bank();
+
+  std::string unsupported(int device) const;  // "" or one sentence
+  std::string note() const;                   // "" or one sentence on how the models run
+  const std::vector<unsigned char>& packed() const;
+
+  // Bytes of workspace that the calls need.
+  Status forward_workspace(int device, std::int64_t batch, bool paired, Precision precision, std::int64_t* bytes) const;
+  Status gradient_workspace(int device, std::int64_t batch, bool paired, std::int64_t* bytes) const;
+
+  Status forward(const BankForwardArgs& args, const Place& place) const;
+  Status gradient(const BankGradientArgs& args, const Place& place) const;
+
+ private:
+  struct State;
+  explicit Bank(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace cuda
 }  // namespace cortexloop

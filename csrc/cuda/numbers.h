@@ -1,0 +1,83 @@
+// Pairs of neighbouring channels, in the two precisions of a map between fused layers, and small device functions.
+#pragma once
+
+#include "packed.h"
+
+namespace cortexloop::cuda {
+
+// ReLU that lets NaN through, as torch's does.
+__device__ __forceinline__ float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+
+__device__ __forceinline__ std::uint32_t bits(__half2 x) { return *reinterpret_cast<const std::uint32_t*>(&x); }
+
+// The power of two by which numbers up to `largest` become numbers below 2^kHalfBound. 1 for 0, infinity and NaN.
+__device__ __forceinline__ float scale_for(float largest) {
+  const int exponent = static_cast<int>((__float_as_uint(largest) >> 23) & 0xff) - 127;  // largest < 2^(exponent + 1)
+  if (exponent == -127 || exponent == 128) return 1.0f;
+  const int shift = max(-126, min(126, kHalfBound - 1 - exponent));
+  return __uint_as_float(static_cast<std::uint32_t>(shift + 127) << 23);
+}
+
+// How a kernel keeps numbers between fused layers, and the shape of its blocks, which follows from the registers that
+// takes. kRows rows of the first map are taken at a time. kColumns is the number of output columns of one thread in a depthwise layer of the head, whose sums stay in
+// registers; 8 groups of 7 columns by 32 pairs of channels, or 14 of 4, cover the rows of a published model.
+
+// Maps and depthwise sums in halves, one half per operand.
+struct Fast {
+  using Pair = __half2;
+  static constexpr bool kExact = false;
+  static constexpr int kPlanes = 1;
+  static constexpr int kThreads = 256, kBlocks = 2, kColumns = 7, kRows = 4;
+};
+
+// Maps and depthwise sums in float32, two halves per operand.
+struct Exact {
+  using Pair = float2;
+  static constexpr bool kExact = true;
+  static constexpr int kPlanes = 2;
+  static constexpr int kThreads = 512, kBlocks = 1, kColumns = 4, kRows = 2;
+};
+
+constexpr int kPlainThreads = 256;
+constexpr int kMaxWarps = 16;
+
+__device__ __forceinline__ void set_zero(__half2& x) { x = __float2half2_rn(0.0f); }
+__device__ __forceinline__ void set_zero(float2& x) { x = make_float2(0.0f, 0.0f); }
+
+__device__ __forceinline__ void fused_add(__half2& sum, __half2 a, __half2 b) { sum = __hfma2(a, b, sum); }
+__device__ __forceinline__ void fused_add(float2& sum, float2 a, float2 b) {
+  sum.x = fmaf(a.x, b.x, sum.x);
+  sum.y = fmaf(a.y, b.y, sum.y);
+}
+
+__device__ __forceinline__ void store_pair(__half2* to, float x, float y) { *to = __floats2half2_rn(x, y); }
+__device__ __forceinline__ void store_pair(float2* to, float x, float y) { *to = make_float2(x, y); }
+
+// A pair as operands of a matrix product: plane 0 and, for float2, what its halves leave over in plane 1.
+__device__ __forceinline__ void store_operand(__half* to, int, __half2 x) { *reinterpret_cast<__half2*>(to) = x; }
+__device__ __forceinline__ void store_operand(__half* to, int plane, float2 x) {
+  const __half2 high = __floats2half2_rn(x.x, x.y);
+  const float2 rounded = __half22float2(high);
+  *reinterpret_cast<__half2*>(to) = high;
+  *reinterpret_cast<__half2*>(to + plane) = __floats2half2_rn(x.x - rounded.x, x.y - rounded.y);
+}
+
+// Images in device memory, by value.
+struct ImagesRef {
+  const void* data;
+  std::int32_t is_u8;
+  std::int32_t height, width;
+  std::int64_t stride_n, stride_y, stride_x, stride_c;  // in elements
+
+  __device__ __forceinline__ std::int64_t offset(std::int64_t image, int y, int x, int c) const {
+    return image * stride_n + y * stride_y + x * stride_x + c * stride_c;
+  }
+  // The recentred value.
+  __device__ __forceinline__ float value(std::int64_t image, int y, int x, int c, const float* mean) const {
+    const std::int64_t i = offset(image, y, x, c);
+    return is_u8 ? static_cast<float>(static_cast<const std::uint8_t*>(data)[i]) - mean[c]
+                 : static_cast<const float*>(data)[i];
+  }
+};
+
+}  // namespace cortexloop::cuda
