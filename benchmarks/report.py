@@ -1,4 +1,4 @@
-"""From recorded rows to the README's tables of performance and of evolution, and to the list of targets.
+"""From recorded rows to the README's tables of performance, of GPUs and of evolution, and to the list of targets.
 
 python benchmarks/report.py            write the tables between the README's markers
 python benchmarks/report.py --check    exit code 1 if the README says anything else
@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import report_gpu
 from record import RESULTS, read
+from tables import Recorded, Target, number, select, table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 EVOLUTION_BEGIN, EVOLUTION_END = "<!-- evolution:begin -->", "<!-- evolution:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 
 REDUCED = ("OpenVINO bf16",)  # compared with the fast kernel, others with the exact one
 EXACT, FAST, PEAK = "cortexloop exact", "cortexloop fast", "fp32 FMA peak of one core"
@@ -26,7 +28,6 @@ CHOLESKY, DIAGONAL, WHOLE = "cortexloop CholeskyCMA", "cortexloop DiagonalCMA", 
 FULL = ("pycma, full covariance", "EvoTorch CMAES, full covariance", "evosax CMA_ES")  # compared with CholeskyCMA
 BATCHED = ("jax.vmap", "jax.lax.map", "batched")  # last words of the names of what is no loop over problems
 
-Recorded = dict[str, str]
 KEY = ("machine", "case", "batch", "op", "direction", "backend", "threads", "metric")
 
 
@@ -41,26 +42,6 @@ def newest(rows: Iterable[Recorded]) -> list[Recorded]:
 def load() -> list[Recorded]:
     """The newest rows of all machines."""
     return newest(row for path in sorted(RESULTS.glob("*.csv")) for row in read(path))
-
-
-def select(rows: Iterable[Recorded], **wanted: str) -> list[Recorded]:
-    """Rows whose columns have these values."""
-    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
-
-
-def number(text: str) -> str:
-    """Three significant digits, without an exponent where that reads better."""
-    value = float(text)
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.1e}".replace("e-0", "e-")
-    digits = f"{value:.3g}"
-    return f"{float(digits):g}"
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown table, first column left, others right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)]
 
 
 def _columns(rows: Sequence[Recorded]) -> list[tuple[str, str]]:
@@ -132,7 +113,7 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
 
 def report(rows: Sequence[Recorded]) -> str:
     """The text between the first markers; nothing where nothing was recorded."""
-    rows = [row for row in rows if row["op"] != "evolution"]
+    rows = [row for row in rows if row["op"] not in ("evolution", report_gpu.OP)]
     if not rows:
         return ""
     out: list[str] = []
@@ -243,7 +224,7 @@ def with_table(readme: str, text: str, begin: str = BEGIN, end: str = END) -> st
 
 
 def with_tables(readme: str, rows: Sequence[Recorded]) -> str:
-    """The README with all its tables. The second one's markers may be missing while nothing was recorded for it.
+    """The README with all its tables. The markers of all but the first may be missing while there are no rows for them.
 
     Raises:
         ValueError: the README lacks markers.
@@ -252,25 +233,9 @@ def with_tables(readme: str, rows: Sequence[Recorded]) -> str:
     evolution = evolution_report(rows)
     if evolution or EVOLUTION_BEGIN in readme:
         readme = with_table(readme, evolution, EVOLUTION_BEGIN, EVOLUTION_END)
+    if select(rows, op=report_gpu.OP) or GPU_BEGIN in readme:
+        readme = with_table(readme, report_gpu.report(rows), GPU_BEGIN, GPU_END)
     return readme
-
-
-@dataclass(frozen=True)
-class Target:
-    """An aim: the ratio of two recorded times should be at least (or at most) this."""
-
-    what: str
-    measured: Callable[[Sequence[Recorded]], float | None]
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def line(self, rows: Sequence[Recorded]) -> str:
-        value = self.measured(rows)
-        aim = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
-        if value is None:
-            return f"{'not measured':13s} {'':8s} {aim:8s} {self.what}"
-        low, high = self.at_least or float("-inf"), self.at_most or float("inf")
-        return f"{'met' if low <= value <= high else 'MISSED':13s} {value:<8.3g} {aim:8s} {self.what}"
 
 
 def _times(rows: Sequence[Recorded], slow: str, fast: str, **where: str) -> float | None:
@@ -370,7 +335,9 @@ def main() -> int:
     rows = load()
     if options.targets:
         for machine in dict.fromkeys(row["machine"] for row in rows):
-            print(machine, *[target.line(select(rows, machine=machine)) for target in targets()], sep="\n")
+            here = select(rows, machine=machine)
+            aims = report_gpu.targets() if select(here, op=report_gpu.OP) else targets()
+            print(machine, *[target.line(here) for target in aims], sep="\n")
         return 0
     readme = README.read_text(encoding="utf-8")
     wanted = with_tables(readme, rows)

@@ -189,12 +189,14 @@ def test_graph_capture(quiet: Quiet, real_gpu: torch.device) -> None:
 def test_capture_without_a_warm_up_is_one_sentence(quiet: Quiet, real_gpu: torch.device) -> None:
     bank = random_inputs(CASES[4]).bank.to(real_gpu)
     images = random_inputs(CASES[4]).images_uint8.to(real_gpu)
-    with (
-        pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* call it once before the capture"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        images.clone()  # torch warns of empty graphs
-        cl.responses(images, bank, backend=quiet.engine)
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            images.clone()  # torch warns of empty graphs
+            cl.responses(images, bank, backend=quiet.engine)
+
+    with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* call it once before the capture"):
+        capture()
     torch.cuda.synchronize()
     assert torch.equal(quiet.forward(quiet.pixels), quiet.expected)
 
