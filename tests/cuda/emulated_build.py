@@ -23,6 +23,9 @@ INCLUDES = [f"-I{folder}" for folder in (HERE / "emulation", CSRC / "cuda", CSRC
 # Kernels read vectors through pointers to other types, as CUDA allows; "#pragma unroll" is nvcc's.
 DIALECT = ["-std=c++17", "-DCORTEXLOOP_EMULATION", "-fno-strict-aliasing", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Calls __tsan_read4 and the like before every access, and a function for every address that is not as aligned as its
+# type; nothing that would merge accesses before. Both are in emulation/races.cpp.
+CHECKED = ["-O1", "-g", "-fsanitize=thread,alignment", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
 
 
 class CannotBuildError(RuntimeError):
@@ -51,7 +54,13 @@ def accepts(cxx: str, flag: str, folder: Path) -> bool:
     return subprocess.run([cxx, flag, str(source), "-o", str(folder / "probe")], capture_output=True).returncode == 0
 
 
-def build(sources: list[Path], target: Path, options: list[str] | None = None, includes: Sequence[str] = ()) -> Path:
+def build(
+    sources: list[Path],
+    target: Path,
+    options: list[str] | None = None,
+    includes: Sequence[str] = (),
+    checked: bool = False,
+) -> Path:
     """Compile the sources and the emulation into a shared library, two at a time.
 
     Args:
@@ -59,6 +68,7 @@ def build(sources: list[Path], target: Path, options: list[str] | None = None, i
         target: the library to write; objects go beside it.
         options: of the compiler, in place of the default optimisation.
         includes: further options that say where headers are.
+        checked: whether kernels report every load and store, so that races are found (emulation/races.h).
 
     Raises:
         CannotBuildError: no compiler.
@@ -69,12 +79,14 @@ def build(sources: list[Path], target: Path, options: list[str] | None = None, i
     if options is None:
         native = ["-march=native"] if accepts(cxx, "-march=native", target.parent) else []
         options = ["-O2", *native]
-    common = [cxx, *DIALECT, *WARNINGS, *options, *INCLUDES, *includes, "-fPIC", "-fvisibility=hidden"]
+    common = [cxx, *DIALECT, *WARNINGS, *INCLUDES, *includes, "-fPIC", "-fvisibility=hidden"]
+    kernels = [source for source in sources if CSRC / "bindings" not in source.parents]
     jobs = []
     objects = []
     for source in [*EMULATION, STATUS, *sources]:
         objects.append(str(target.parent / f"{target.name}.{source.name}.o"))
-        jobs.append([*common, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+        own = CHECKED if checked and source in kernels else options
+        jobs.append([*common, *own, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in pool.map(lambda job: subprocess.run(job, capture_output=True, text=True), jobs):
             assert done.returncode == 0, done.stderr
@@ -116,17 +128,22 @@ def module_key() -> str:
     return digest.hexdigest()[:16]
 
 
-def build_module(folder: Path) -> Path:
+def build_module(folder: Path, checked: bool = False) -> Path:
     """The extension module `_cuda` that runs on the CPU; built once for the same sources and the same folder.
+
+    Args:
+        folder: where builds are kept.
+        checked: as for `build`.
 
     Raises:
         CannotBuildError: a compiler or header is missing.
         AssertionError: a source does not compile; the message is the compiler's.
     """
-    target = folder / module_key() / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    kind = "checked" if checked else "plain"
+    target = folder / module_key() / kind / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.is_file():
         partial = target.with_suffix(".part")
-        build(module_sources(), partial, includes=python_includes())
+        build(module_sources(), partial, includes=python_includes(), checked=checked)
         partial.rename(target)
     return target
 

@@ -151,14 +151,45 @@ __global__ void faulty_kernel(int fault, int* out) {
   }
 }
 
-// Wrong on purpose: each warp reads what its neighbour writes, without a barrier.
-__global__ void race_kernel(int* out) {
+enum Race { kDynamic, kStatic, kWithinWarp, kBetweenBlocks, kUnaligned, kOrdered };
+
+// Wrong on purpose, all but the last way: threads read what others write, and nothing orders them.
+__global__ void race_kernel(int way, int* out) {
   CORTEXLOOP_SHARED(shared);
-  auto* values = reinterpret_cast<int*>(shared);
-  values[threadIdx.x] = 1;
+  __shared__ int statics[128];
+  auto* values = way == kStatic ? statics : reinterpret_cast<int*>(shared);
+  const unsigned thread = threadIdx.x;
+  int* const own = out + 2 + blockIdx.x * 200 + thread;
+  values[thread] = 1;
   __syncthreads();
-  values[threadIdx.x] = 2;
-  out[threadIdx.x] = values[(threadIdx.x + 32) % blockDim.x];
+  switch (way) {
+    case kDynamic:
+    case kStatic:
+      values[thread] = 2;
+      *own = values[(thread + 32) % blockDim.x];
+      break;
+    case kWithinWarp:
+      values[thread] = 2;
+      *own = values[thread ^ 1];
+      break;
+    case kBetweenBlocks:
+      if (thread == 0) out[0] = static_cast<int>(blockIdx.x);
+      break;
+    case kUnaligned: *own = static_cast<int>(reinterpret_cast<const uint2*>(shared + 4)->y); break;
+    default:
+      values[thread] = 2;
+      __syncwarp();
+      *own = values[thread ^ 1];
+      // The last block to arrive reads what the other one wrote.
+      if (thread == 0) {
+        out[150 + blockIdx.x] = 5;
+        __threadfence();
+        if (atomicAdd(out, 1) == 1) {
+          __threadfence();
+          out[160] = out[150] + out[151];
+        }
+      }
+  }
 }
 
 __global__ void unwritten_kernel(float* out) {
@@ -223,7 +254,10 @@ EXPORT const char* faulty(int fault, int* out) {
   const std::size_t bytes = fault == kOverrunByOne ? 4000 : 4096;
   return sentence(launch("faulty_kernel", faulty_kernel, 2, 64, bytes, nullptr, fault, out));
 }
-EXPORT const char* race(int* out) { return sentence(launch("race_kernel", race_kernel, 1, 128, 512, nullptr, out)); }
+EXPORT const char* race(int way, int* out) {
+  const unsigned grid = way == kBetweenBlocks || way == kOrdered ? 2 : 1;
+  return sentence(launch("race_kernel", race_kernel, grid, 128, 512, nullptr, way, out));
+}
 EXPORT const char* draw(unsigned* next, int* owner, int units) {
   return sentence(launch("draw_kernel", draw_kernel, 4, 64, 0, nullptr, next, owner, units));
 }

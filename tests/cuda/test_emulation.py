@@ -40,12 +40,25 @@ def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(library_path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(library_path))
+def checked_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checked")
+    try:
+        return emulated_build.build([HERE / "emulation_check.cpp"], folder / "libcheck.so", checked=True)
+    except emulated_build.CannotBuildError as error:
+        pytest.skip(str(error))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
     for name in ("product", "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.permuted.restype = ctypes.c_uint
     return loaded
+
+
+@pytest.fixture(scope="module")
+def library(library_path: Path) -> ctypes.CDLL:
+    return load(library_path)
 
 
 @pytest.fixture
@@ -123,10 +136,51 @@ def test_schedules_show_a_race(library: ctypes.CDLL, settings: emulated_build.Se
     answers = []
     for schedule in (0, 1):
         settings["schedule"] = schedule
-        out = np.zeros(128, np.int32)
-        assert library.race(pointer(out)) == b""
+        out = np.zeros(400, np.int32)
+        assert library.race(0, pointer(out)) == b""
         answers.append(out)
     assert not np.array_equal(*answers)
+
+
+RACES = {
+    "dynamic": "race: stores to byte 128 of dynamic shared memory .*, which thread 0 loaded .*no barrier.*thread 32]",
+    "static": "race: stores to a byte of static shared memory .*, which thread 0 loaded",
+    "within a warp": "race: stores to byte 4 of dynamic shared memory .*, which thread 0 loaded .*thread 1]",
+    "between blocks": "race: stores to the byte at .* of device memory .*, which thread 0 of another block stored to",
+    "unaligned": "misaligned: address .* is not a multiple of 8, at emulation_check.cpp:[0-9]+ ",
+}
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2, 3])
+@pytest.mark.parametrize("race", RACES)
+def test_checked_build_reports_races(checked_path: Path, race: str, schedule: int) -> None:
+    """Whatever the schedule, and whether or not the answer is wrong."""
+    library, settings = load(checked_path), emulated_build.Settings(checked_path)
+    with settings.restored():
+        settings["schedule"] = schedule
+        out = np.zeros(400, np.int32)
+        message = library.race(list(RACES).index(race), pointer(out)).decode()
+    with pytest.raises(ValueError, match=RACES[race] if schedule == 0 else RACES[race].split(" ")[0]):
+        raise ValueError(message)
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2, 3])
+def test_checked_build_has_nothing_against_order(checked_path: Path, rng: np.random.Generator, schedule: int) -> None:
+    library, settings = load(checked_path), emulated_build.Settings(checked_path)
+    with settings.restored():
+        settings["schedule"] = schedule
+        out = np.zeros(400, np.int32)
+        assert library.race(len(RACES), pointer(out)) == b""
+        assert out[160] == 10
+        sums = np.zeros((6, 128), np.float32)
+        assert library.sums(pointer(sums), 3, 2, 16, 8) == b""
+        following, owner = np.zeros(1, np.uint32), np.full(20, -1, np.int32)
+        assert library.draw(pointer(following), pointer(owner), owner.size) == b""
+        a, b = (rng.integers(-9, 10, (16, n)).astype(np.float16) for n in (16, 8))
+        c, d = (np.zeros((16, 8), np.float32) for _ in range(2))
+        for way in range(3):
+            assert library.product(pointer(a), pointer(b), pointer(c), pointer(d), way) == b""
+            assert np.array_equal(d, a.astype(np.float32) @ b.astype(np.float32))
 
 
 def test_blocks_take_turns(library: ctypes.CDLL, settings: emulated_build.Settings) -> None:
@@ -169,7 +223,8 @@ def test_asynchronous_copies_arrive_when_waited_for(library: ctypes.CDLL) -> Non
 
 
 def test_launch_limits(library: ctypes.CDLL, settings: emulated_build.Settings) -> None:
-    out = pointer(np.zeros(64, np.int32))
+    numbers = np.zeros(64, np.int32)
+    out = pointer(numbers)
     assert library.sized(1, 64, 100_000, out) == b""
     assert b"invalid argument" in library.sized(1, 64, 228 * 1024, out)
     settings["shared_memory"] = 99 * 1024

@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include "races.h"
 #include "state.h"
 
 thread_local uint3 threadIdx;
@@ -19,6 +20,7 @@ bool same_place(Site a, Site b) { return a.line == b.line && std::strcmp(a.file,
 
 Block& Block::active() { return *active_block; }
 void Block::activate() { active_block = this; }
+bool Block::in_kernel() { return active_block != nullptr && active_block->current_ >= 0; }
 
 // --- Threads of a block ----------------------------------------------------------------------------------------------
 
@@ -116,6 +118,7 @@ bool Block::resolve(int warp) {
     waiting &= ~same;
     if (same != first.mask) continue;
     execute(first.kind, same, lanes, &error_);
+    if (first.kind == Kind::syncwarp) races::warp_synced(warp);
     if (!error_.empty()) return true;
     for (int lane = 0; lane < kWarp; ++lane) {
       if (same >> lane & 1u) threads[lane]->state = State::ready;
@@ -141,6 +144,7 @@ bool Block::release_barrier() {
     operands.predicate = operands.vote == Vote::any ? any : operands.vote == Vote::all ? all : count;
     thread.state = State::ready;
   }
+  races::barrier_passed();
   return true;
 }
 
@@ -272,6 +276,7 @@ bool Block::run(const std::function<void()>& body, std::size_t shared_bytes, int
   error_.clear();
   start(static_cast<int>(blockDim.x * blockDim.y * blockDim.z));
   fill_shared(shared_bytes);
+  races::block_begins();
   const int n_warps = (n_threads_ + kWarp - 1) / kWarp;
   if (sigsetjmp(fault_, 1) != 0) {
     current_ = -1;

@@ -49,6 +49,7 @@ class Block {
   // The one that runs on this thread of the operating system.
   static Block& active();
   void activate();
+  static bool in_kernel();  // whether a kernel's code is running, on this thread of the operating system
 
   static void on_fault(int signal, siginfo_t* info, void* context);
 
@@ -57,6 +58,8 @@ class Block {
   [[noreturn]] void stop(const std::string& what);
   unsigned char* shared() const { return shared_begin_; }
   Thread& thread() { return *threads_[static_cast<std::size_t>(current_)]; }
+  int current() const { return current_; }
+  bool on_stack(const void* address) { return thread().stack.holds(address); }
   bool in_shared(const void* address, std::size_t bytes) const {
     const auto* byte = static_cast<const unsigned char*>(address);
     return byte >= shared_begin_ && byte + bytes <= shared_begin_ + shared_bytes_;

@@ -100,6 +100,7 @@ struct BarrierOperands {
 void collective(Kind kind, std::uint32_t mask, void* operands, Site site);
 
 unsigned char* dynamic_shared();
+void fence();
 void copy_async(void* shared, const void* global, int valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
@@ -198,8 +199,12 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CORTEXLOOP_SITE
 
 // --- Memory --------------------------------------------------------------------------------------------------------
 
-inline void __threadfence() {}
+inline void __threadfence() { cortexloop::emulation::fence(); }
 inline void __threadfence_block() {}
+
+// Not inlined, so that a build with checks (races.h) does not see what they load and store.
+#define CORTEXLOOP_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
+
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
@@ -221,29 +226,31 @@ void __stcs(T* pointer, T value) {
   *pointer = value;
 }
 template <class T>
-T atomicAdd(T* address, T value) {
+CORTEXLOOP_UNCHECKED T atomicAdd(T* address, T value) {
   const T before = *address;
   *address = before + value;
   return before;
 }
 template <class T>
-T atomicMax(T* address, T value) {
+CORTEXLOOP_UNCHECKED T atomicMax(T* address, T value) {
   const T before = *address;
   *address = before < value ? value : before;
   return before;
 }
 template <class T>
-T atomicMin(T* address, T value) {
+CORTEXLOOP_UNCHECKED T atomicMin(T* address, T value) {
   const T before = *address;
   *address = value < before ? value : before;
   return before;
 }
 template <class T>
-T atomicExch(T* address, T value) {
-  return std::exchange(*address, value);
+CORTEXLOOP_UNCHECKED T atomicExch(T* address, T value) {
+  const T before = *address;
+  *address = value;
+  return before;
 }
 template <class T>
-T atomicCAS(T* address, T compare, T value) {
+CORTEXLOOP_UNCHECKED T atomicCAS(T* address, T compare, T value) {
   const T before = *address;
   if (before == compare) *address = value;
   return before;

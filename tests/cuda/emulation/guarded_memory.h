@@ -31,9 +31,13 @@ class GuardedMemory {
   unsigned char* begin() const { return begin_; }
   unsigned char* end() const { return begin_ + capacity_; }
   std::size_t size() const { return capacity_; }
+  bool holds(const void* address) const {
+    const auto* byte = static_cast<const unsigned char*>(address);
+    return byte >= begin() && byte < end();
+  }
   bool guards(const void* address) const {
     const auto* byte = static_cast<const unsigned char*>(address);
-    return byte >= base_ && byte < base_ + mapped_ && (byte < begin() || byte >= end());
+    return byte >= base_ && byte < base_ + mapped_ && !holds(address);
   }
 
  private:

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "block.h"
+#include "races.h"
 #include "state.h"
 
 uint3 blockDim;
@@ -136,9 +137,12 @@ void collective(Kind kind, std::uint32_t mask, void* operands, Site site) {
     if (read && !self.in_shared(row, 16)) {
       self.stop(format("%s at %s: a row is not inside dynamic shared memory", name_of(kind), place(site).c_str()));
     }
+    if (read) races::touch(row, 16, false, __builtin_return_address(0));
   }
   self.wait(kind, mask, operands, site);
 }
+
+void fence() { races::fence(); }
 
 unsigned char* dynamic_shared() { return Block::active().shared(); }
 
@@ -149,6 +153,7 @@ void copy_async(void* shared, const void* global, int valid) {
   }
   if (!self.in_shared(shared, 16)) self.stop("copy_async_16: the target is not inside dynamic shared memory");
   if (valid < 0 || valid > 16) self.stop(format("copy_async_16: %d valid bytes, 0 to 16 expected", valid));
+  races::touch(shared, 16, true, __builtin_return_address(0));
   self.thread().open_copies.push_back({shared, global, valid});
 }
 
@@ -163,6 +168,8 @@ void copy_async_wait(int pending) {
   auto& groups = Block::active().thread().copy_groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
+      races::touch(copy.shared, 16, true, __builtin_return_address(0));
+      races::touch(copy.global, static_cast<std::size_t>(copy.valid), false, __builtin_return_address(0));
       std::memset(copy.shared, 0, 16);
       std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.valid));
     }
@@ -202,6 +209,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 threads, std::size_t shared_
   const std::size_t limit = allowed == allowed_shared.end() ? 48 * 1024 : static_cast<std::size_t>(allowed->second);
   if (shared_bytes > limit) return failed(cudaErrorInvalidValue);
   const FaultHandler handler;
+  races::launch_begins();
   gridDim = {grid.x, grid.y, grid.z};
   blockDim = {threads.x, threads.y, threads.z};
   const auto schedule = static_cast<int>(settings.schedule);
