@@ -117,7 +117,7 @@ def follow(
     command: Sequence[str], limit: float, say: Callable[[str], object], environment: dict[str, str]
 ) -> tuple[int | None, str]:
     """Run a command and pass on what it prints; (exit code, last line), with None for one that ran out of time."""
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])
     process = subprocess.Popen(
         command,
         cwd=ROOT,
