@@ -290,9 +290,11 @@ inline long long max(long long a, long long b) { return a < b ? b : a; }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
-// --- Matrix instructions, as in csrc/cuda/device.h -------------------------------------------------------------------
+// --- PTX instructions, as in csrc/cuda/device.h -------------------------------------------------------------------
 
 namespace cortexloop::cuda {
+
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 inline void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, CORTEXLOOP_SITE) {
   emulation::MmaOperands operands{d, a, {b0, b1}};
