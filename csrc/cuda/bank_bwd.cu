@@ -46,20 +46,23 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
     const Unit& unit = draw(u, true);
     if (!unit.any) break;
     if (!unit.mine) continue;
-    const ModelRecord& model = u.bank.model(unit.model);
-    if (threadIdx.x == 0) {
-      const GradientArea at = gradient_area(model);
-      unsigned char* area = area_of(u, blockIdx.x);
-      job.image = unit.image;
-      job.begin = 0;
-      job.end = model.height / 4;
-      job.masks = back.masks = {area + at.mask1, area + at.mask2};
-      const int map_bytes = static_cast<int>(aligned(4 * out_floats(model.layers[kAfterHead - 1])));
-      const bool stays = head_layout<Exact>(model.head, model.width).bytes + map_bytes <= u.shared_bytes;
-      job.map = reinterpret_cast<float*>(stays ? shared + u.shared_bytes - map_bytes : area + at.map);
+    {
+      const ModelRecord& model = u.bank.model(unit.model);
+      if (threadIdx.x == 0) {
+        const GradientArea at = gradient_area(model);
+        unsigned char* area = area_of(u, blockIdx.x);
+        job.image = unit.image;
+        job.begin = 0;
+        job.end = model.height / 4;
+        job.masks = back.masks = {area + at.mask1, area + at.mask2};
+        const int map_bytes = static_cast<int>(aligned(4 * out_floats(model.layers[kAfterHead - 1])));
+        const bool stays = head_layout<Exact>(model.head, model.width).bytes + map_bytes <= u.shared_bytes;
+        job.map = reinterpret_cast<float*>(stays ? shared + u.shared_bytes - map_bytes : area + at.map);
+      }
+      __syncthreads();
+      run_head<Exact, true>(u.bank, model, u.images, shared, job);
     }
-    __syncthreads();
-    run_head<Exact, true>(u.bank, model, u.images, shared, job);
+    const ModelRecord& model = u.bank.model(unit.model);
     // `rest` takes the head's place if it leaves the map alone, else the area.
     const int map_bytes = static_cast<int>(aligned(4 * out_floats(model.layers[kAfterHead - 1])));
     const bool fits = 4 * rest_layout(model, kAfterHead).gradient_floats <= u.shared_bytes - map_bytes;
@@ -68,9 +71,8 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
     const float response = read_out(u.bank, model, last, sums);
     if (threadIdx.x == 0 && task.responses != nullptr) task.responses[unit.out] = response;
     const float cotangent = task.cotangent[unit.out];
-    const Target target = target_of(task, unit);
     if (cotangent == 0.0f) {
-      if (task.to_images != 0) write_zeros(u.images, target);
+      if (task.to_images != 0) write_zeros(u.images, target_of(task, unit));
       continue;
     }
     const float* grad = rest_backward(u.bank, model, kAfterHead, job.map, rest, cotangent);
@@ -87,16 +89,18 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
       unsigned char* rings =
           task.rings_shared != 0 ? shared + l.bytes : area_of(u, blockIdx.x) + gradient_area(model).rings;
       back.grad2 = kept;
-      back.largest = largest;
+      back.scale1 = scale_for(largest * model.head.largest1);
+      back.scale0 = scale_for(largest * model.head.largest0);
       back.ring2 = reinterpret_cast<float2*>(rings);
       back.ring1 = reinterpret_cast<float2*>(rings + l.ring2_bytes);
+      const Target target = target_of(task, unit);
       back.grad = target.grad;
       back.stride_y = target.stride_y;
       back.stride_x = target.stride_x;
       back.stride_c = target.stride_c;
     }
     __syncthreads();
-    head_backward(u.bank, model, shared, back);
+    head_backward(u.bank, model, u.images, shared, back);
   }
 }
 

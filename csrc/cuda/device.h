@@ -19,6 +19,14 @@
 
 namespace cortexloop::cuda {
 
+// threadIdx.x, read anew at every call. The compiler would keep threadIdx.x, and all that follows from it, in registers
+// for the whole of a long kernel.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // d += a * b for one warp: a is 16 x 16, b is 16 x 8, d is 16 x 8; all lanes of the warp together. With g = lane / 4 and
 // t = lane % 4, each register of halves holding two neighbours, the lower index in the lower half:
 //

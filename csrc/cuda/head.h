@@ -82,7 +82,7 @@ template <class Numbers>
 __device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float* mean, std::int64_t image, int y,
                                            const HeadLayout& l, std::uint32_t* to) {
   const int count = (Numbers::kRows + 4) * l.copy_words;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += Numbers::kThreads) {
+  for (int i = thread_index(); i < count; i += Numbers::kThreads) {
     const int row = i / l.copy_words, word = i - row * l.copy_words;
     const int image_y = y - 2 + row;
     float v[3];
@@ -127,8 +127,7 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
   constexpr int kTiles = Numbers::kExact ? 2 : 3;
   constexpr int kTogether = Numbers::kExact ? 1 : 2;  // rows; two need more registers than the exact mode has
   constexpr int kWarps = Numbers::kThreads / 32, kRows = Numbers::kRows;
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const int g = lane >> 2, t = lane & 3;
+  const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
   const int n_tiles = head.first.n_tiles, middle = (n_tiles + 1) / 2;
   const int n_begin = (warp & 1) != 0 ? middle : 0, n_end = (warp & 1) != 0 ? n_tiles : middle;
   const int each = ceil_div(middle, ceil_div(middle, kTiles));
@@ -152,8 +151,6 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
     for (int task = warp >> 1; task < ceil_div(images.width, 16) * (kRows / kTogether); task += kWarps / 2) {
       const int m = task / (kRows / kTogether), row = kTogether * (task - m * (kRows / kTogether));
       if (y + row >= images.height) continue;
-      const std::uint32_t* tile = reinterpret_cast<const std::uint32_t*>(shared + l.operand1) +
-                                  ((g & 1) != 0 ? l.copy_words : 0) + (3 * (16 * m + g) - (g & 1)) / 2 + t;
       float sum[kTogether][kTiles][4];
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) {
@@ -163,47 +160,43 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
           for (int e = 0; e < 4; ++e) sum[r][j][e] = 0.0f;
         }
       }
-      const std::uint32_t* word = tile + 2 * row * l.copy_words;
+      const int g = lane >> 2;
+      const std::uint32_t* word = reinterpret_cast<const std::uint32_t*>(shared + l.operand1) +
+                                  (2 * row + (g & 1)) * l.copy_words + (3 * (16 * m + g) - (g & 1)) / 2 + (lane & 3);
+#pragma unroll 1
+      for (int plane = 0; plane < (two_planes ? 2 : 1); ++plane) {
 #pragma unroll
-      for (int i = 0; i < kFirstKernel - 1 + kTogether; ++i) {
-        const std::uint32_t a[4] = {word[0], word[12], word[4], word[16]};
-#pragma unroll
-        for (int r = 0; r < kTogether; ++r) {
-          const int dy = i - r;
-          if (dy < 0 || dy >= kFirstKernel) continue;
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            if (j >= count) continue;
-#pragma unroll
-            for (int p = 0; p < Numbers::kPlanes; ++p) mma_16816(sum[r][j], a, b[p][j][dy].x, b[p][j][dy].y);
-          }
-        }
-        if (two_planes) {
-          const std::uint32_t rest[4] = {word[l.image_plane], word[l.image_plane + 12], word[l.image_plane + 4],
-                                         word[l.image_plane + 16]};
+        for (int i = 0; i < kFirstKernel - 1 + kTogether; ++i) {
+          const std::uint32_t* at = word + 2 * i * l.copy_words;
+          const std::uint32_t a[4] = {at[0], at[12], at[4], at[16]};
 #pragma unroll
           for (int r = 0; r < kTogether; ++r) {
             const int dy = i - r;
             if (dy < 0 || dy >= kFirstKernel) continue;
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
-              if (j < count) mma_16816(sum[r][j], rest, b[0][j][dy].x, b[0][j][dy].y);
+              if (j >= count) continue;
+#pragma unroll
+              for (int p = 0; p < Numbers::kPlanes; ++p) {
+                if (p == 0 || plane == 0) mma_16816(sum[r][j], a, b[p][j][dy].x, b[p][j][dy].y);
+              }
             }
           }
         }
-        word += 2 * l.copy_words;
+        word += l.image_plane;
       }
+      const int own = thread_index() & 31;  // the lane again, not to keep it through the products
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (j >= count) continue;
-        const int pair = (n0 + j) * 4 + t;  // of channels
+        const int pair = (n0 + j) * 4 + (own & 3);  // of channels
         const float2 scale = bank.at<float2>(head.first.scale)[pair];
         const float2 bias = bank.at<float2>(images.is_u8 ? head.first_bias_u8 : head.first_bias_f32)[pair];
 #pragma unroll
         for (int r = 0; r < kTogether; ++r) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int x = 16 * m + g + 8 * h;
+            const int x = 16 * m + (own >> 2) + 8 * h;
             const float u = relu(fmaf(sum[r][j][2 * h], scale.x, bias.x));
             const float v = relu(fmaf(sum[r][j][2 * h + 1], scale.y, bias.y));
             if (x < images.width) {
@@ -211,8 +204,8 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
               store_pair(out + ((row + r) * l.first_width + x + 1) * (l.first_stride / 2) + pair, u, v);
             }
             if (kMasks) {
-              const std::uint32_t byte = mask_byte(u, v, lane);
-              if (x < images.width && t == 0) {
+              const std::uint32_t byte = mask_byte(u, v, own);
+              if (x < images.width && (own & 3) == 0) {
                 masks.first[((y + row + r) * images.width + x) * n_tiles + n0 + j] = static_cast<std::uint8_t>(byte);
               }
             }
@@ -287,8 +280,8 @@ struct Share {
   bool any, live;    // anything at all; real channels rather than the zeros behind them
 
   __device__ __forceinline__ Share(const TapsRecord& taps, int live_pairs, int each, int columns) {
-    const int group = static_cast<int>(threadIdx.x) / taps.pairs;
-    pair = static_cast<int>(threadIdx.x) - group * taps.pairs;
+    const int thread = thread_index(), group = thread / taps.pairs;
+    pair = thread - group * taps.pairs;
     column = group * each;
     any = column < columns;
     live = any && pair < live_pairs;
@@ -320,7 +313,7 @@ template <class Numbers, int kM, int kN, class Store>
 __device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int stride,
                                     int plane, int pixels, const Store& store) {
   constexpr int kPlanes = Numbers::kPlanes, kWarps = Numbers::kThreads / 32;
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
   const int m_tiles = ceil_div(pixels, 16), groups = ceil_div(m_tiles, kM);
   const int wanted = max(ceil_div(matrix.n_tiles, kN), min(matrix.n_tiles, ceil_div(kWarps, groups)));
   const int each = ceil_div(matrix.n_tiles, wanted), chunks = ceil_div(matrix.n_tiles, each);
@@ -385,7 +378,7 @@ __device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& mat
 template <class Pair>
 __device__ __forceinline__ void clear_margins(Pair* rows, int count, int columns, int used, int stride) {
   const int margin = (columns - used) * stride;
-  for (int i = static_cast<int>(threadIdx.x); i < count * margin; i += static_cast<int>(blockDim.x)) {
+  for (int i = thread_index(); i < count * margin; i += static_cast<int>(blockDim.x)) {
     const int line = i / margin, rest = i - line * margin;
     set_zero(rows[line * columns * stride + rest + (rest < stride ? 0 : used * stride)]);
   }
@@ -450,7 +443,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
     Pair* second = reinterpret_cast<Pair*>(shared + l.second);
     if (row1 + kRows / 2 > 0 && row1 < height / 2) {
       clear_margins(second, kRows / 2, l.second_width, width1, l.second_stride / 2);
-      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, Numbers::kExact ? 4 : 5>(
+      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, Numbers::kExact ? 3 : 5>(
           bank, head.mix1, reinterpret_cast<const __half*>(shared + l.operand1), l.operand1_stride, l.operand1_plane,
           kRows / 2 * width1, [&](int pixel, int pair, float x, float y) {
             const int line = pixel >= width1 ? 1 : 0, column = pixel - line * width1;
@@ -461,9 +454,10 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
               store_pair(second + (line * l.second_width + column + 1) * (l.second_stride / 2) + pair, u, w);
             }
             if (kMasks) {
-              const std::uint32_t byte = mask_byte(u, w, static_cast<int>(threadIdx.x) & 31);
+              const int lane = thread_index() & 31;
+              const std::uint32_t byte = mask_byte(u, w, lane);
               const int row = row1 + line;
-              if (inside && (threadIdx.x & 3) == 0 && row >= 0 && row < height / 2) {
+              if (inside && (lane & 3) == 0 && row >= 0 && row < height / 2) {
                 job.masks.second[(row * width1 + column) * head.mix1.n_tiles + pair / 4] =
                     static_cast<std::uint8_t>(byte);
               }

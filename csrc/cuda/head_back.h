@@ -50,10 +50,10 @@ inline bool fits_gradient(const HeadRecord& head, int width, int shared_bytes) {
 }
 
 // What one call of head_backward does. The gradient of the third map [height / 4, width / 4, channels2] is masked
-// already; `largest` bounds its numbers. `grad` gets [height, width, 3] with these strides.
+// already. `grad` gets [height, width, 3] with these strides.
 struct BackJob {
   const float* grad2;
-  float largest;
+  float scale1, scale0;  // of the gradients of the second and the first map, as operands
   HeadMasks masks;
   float2* ring2;
   float2* ring1;
@@ -67,26 +67,35 @@ struct BackJob {
 template <class Emit>
 __device__ __forceinline__ void gather(const float2* const (&rows)[3], const bool (&there)[3], int stride,
                                        const float2* taps, int pairs, int column, const Emit& emit) {
-  float2 window[3][3];  // output row, output column
+  // One line after the other: the taps of both would not fit in registers beside the window.
 #pragma unroll
-  for (int r = 0; r < 3; ++r) {
+  for (int line = 0; line < 2; ++line) {
+    float2 tap[3][5];
 #pragma unroll
-    for (int c = 0; c < 3; ++c) set_zero(window[r][c]);
-    if (there[r]) {
-      window[r][1] = rows[r][0];
-      window[r][2] = rows[r][stride];
+    for (int i = 1 - line; i < 5; i += 2) {
+#pragma unroll
+      for (int j = 0; j < 5; ++j) tap[i / 2][j] = taps[(i * 5 + j) * pairs];
     }
-  }
+    float2 window[3][3];  // output row, output column
 #pragma unroll
-  for (int u = 0; u < Exact::kColumns; ++u) {
+    for (int r = 0; r < 2 + line; ++r) {
 #pragma unroll
-    for (int r = 0; r < 3; ++r) {
-      window[r][0] = window[r][1];
-      window[r][1] = window[r][2];
-      if (there[r]) window[r][2] = rows[r][(u + 2) * stride];
+      for (int c = 1; c < 3; ++c) {
+        if (there[r]) {
+          window[r][c] = rows[r][(c - 1) * stride];
+        } else {
+          set_zero(window[r][c]);
+        }
+      }
     }
 #pragma unroll
-    for (int line = 0; line < 2; ++line) {
+    for (int u = 0; u < Exact::kColumns; ++u) {
+#pragma unroll
+      for (int r = 0; r < 2 + line; ++r) {
+        window[r][0] = window[r][1];
+        window[r][1] = window[r][2];
+        if (there[r]) window[r][2] = rows[r][(u + 2) * stride];
+      }
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         float2 sum = make_float2(0.0f, 0.0f);
@@ -94,7 +103,7 @@ __device__ __forceinline__ void gather(const float2* const (&rows)[3], const boo
         for (int i = 1 - line; i < 5; i += 2) {
 #pragma unroll
           for (int j = 1 - side; j < 5; j += 2) {
-            fused_add(sum, taps[(i * 5 + j) * pairs], window[2 - (i + 1) / 2][2 - (j + 1) / 2]);
+            fused_add(sum, tap[i / 2][j], window[2 - (i + 1) / 2][2 - (j + 1) / 2]);
           }
         }
         emit(line, 2 * (column + u) + side, sum);
@@ -158,26 +167,24 @@ struct ImageSums {
 };
 
 // Ends with a barrier.
-__device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRecord& model, unsigned char* shared,
-                                              const BackJob& job) {
+__device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRecord& model, const ImagesRef& images,
+                                              unsigned char* shared, const BackJob& job) {
   __shared__ BackLayout l;
   const HeadRecord& head = model.head;
-  const int height = model.height, width = model.width;
+  const int height = images.height, width = images.width;
   const int height1 = height / 2, width1 = width / 2, height2 = height / 4, width2 = width / 4;
-  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
-  if (tid == 0) l = back_layout(head, width);
+  if (threadIdx.x == 0) l = back_layout(head, width);
   __syncthreads();
   __half* operand = reinterpret_cast<__half*>(shared);
-  const float scale1 = scale_for(job.largest * head.largest1), scale0 = scale_for(job.largest * head.largest0);
-  for (int i = tid; i < 3 * l.ring2_width * head.taps2.pairs; i += Exact::kThreads) set_zero(job.ring2[i]);
-  for (int i = tid; i < 4 * l.ring1_width * head.taps1.pairs; i += Exact::kThreads) set_zero(job.ring1[i]);
+  for (int i = thread_index(); i < 3 * l.ring2_width * head.taps2.pairs; i += Exact::kThreads) set_zero(job.ring2[i]);
+  for (int i = thread_index(); i < 4 * l.ring1_width * head.taps1.pairs; i += Exact::kThreads) set_zero(job.ring1[i]);
   __syncthreads();
 
   // Row q of the third map, through its pointwise layer.
   const auto mix2_back = [&](int q) {
     const int pairs = head.taps2.pairs;
     const float2* weights = bank.at<float2>(head.mix2_back);
-    for (int i = tid; i < width2 * pairs; i += Exact::kThreads) {
+    for (int i = thread_index(); i < width2 * pairs; i += Exact::kThreads) {
       const int x = i / pairs, pair = i - x * pairs;
       const float* from = job.grad2 + (q * width2 + x) * head.channels2;
       float2 sum = make_float2(0.0f, 0.0f);
@@ -188,10 +195,10 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
   // Two image rows from the sums' first two.
   ImageSums sums;
   sums.clear();
-  const bool working = warp < 2 * ceil_div(width, 16);
   const auto lay_out = [&]() {
-    if (!working) return;
-    const float unscale = 1.0f / scale0;
+    const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
+    if (warp >= 2 * ceil_div(width, 16)) return;
+    const float unscale = 1.0f / job.scale0;
     const int column = (warp & 1) * 8 + 2 * (lane & 3);
     const float2 scale = bank.at<float2>(head.first_back.scale)[column / 2];
     float* to = reinterpret_cast<float*>(shared + l.columns);
@@ -207,7 +214,7 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
   const auto put_together = [&](int y) {
     if (y < 0) return;
     const float* from = reinterpret_cast<const float*>(shared + l.columns);
-    for (int i = tid; i < 2 * 3 * width; i += Exact::kThreads) {
+    for (int i = thread_index(); i < 2 * 3 * width; i += Exact::kThreads) {
       const int pixel = i / 3, c = i - 3 * pixel, r = pixel >= width ? 1 : 0, x = pixel - r * width;
       float sum = 0.0f;
 #pragma unroll
@@ -241,15 +248,15 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
                  [&](int line, int x, float2 value) {
                    if (x >= width1) return;
                    const std::uint8_t* mask = job.masks.second + ((2 * e + line) * width1 + x) * head.mix1.n_tiles;
-                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * scale1);
+                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale1);
                    store_operand(operand + (line * width1 + x) * l.operand1_stride + 2 * share.pair, l.operand1_plane,
                                  value);
                  });
         }
       }
       __syncthreads();
-      const float unscale = 1.0f / scale1;
-      mix<Exact, 1, 4>(bank, head.mix1_back, operand, l.operand1_stride, l.operand1_plane, 2 * width1,
+      const float unscale = 1.0f / job.scale1;
+      mix<Exact, 1, 3>(bank, head.mix1_back, operand, l.operand1_stride, l.operand1_plane, 2 * width1,
                        [&](int pixel, int pair, float x, float y) {
                          if (pixel >= 2 * width1) return;
                          const int line = pixel >= width1 ? 1 : 0, row = 2 * e + line;
@@ -279,14 +286,17 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
                  [&](int line, int x, float2 value) {
                    if (x >= width) return;
                    const std::uint8_t* mask = job.masks.first + ((2 * m + line) * width + x) * head.first.n_tiles;
-                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * scale0);
+                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale0);
                    store_operand(operand + (line * l.row_pixels + x) * l.operand0_stride + 2 * share.pair,
                                  l.operand0_plane, value);
                  });
         }
       }
       __syncthreads();
-      if (working) sums.add(bank, head.first_back, operand, l, warp >> 1, warp & 1, lane);
+      const int thread = thread_index(), warp = thread >> 5;
+      if (warp < 2 * ceil_div(width, 16)) {
+        sums.add(bank, head.first_back, operand, l, warp >> 1, warp & 1, thread & 31);
+      }
       lay_out();
       sums.advance();
       __syncthreads();
