@@ -80,6 +80,7 @@ FOREIGN: dict[str, set[str]] = {
     "typer": {"cli", "__main__"},
     "rich": {"cli", "__main__"},
     "matplotlib": {"cli"},
+    "triton": {"backends"},
 }  # fmt: skip
 
 
