@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cortexloop as cl
+from cortexloop.testing import Inputs, without_kinks
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,20 @@ def test_fast_responses(gpu_engine: str, bank: cl.ModelBank, golden: dict[str, A
 
 
 def test_gradients(gpu_engine: str, bank: cl.ModelBank, golden: dict[str, Any]) -> None:
-    """No ReLU gate of these pairs lies within rounding of zero."""
-    images = golden["images_uint8"][golden["gradient_image_rows"]]
-    for (session, neuron), expected in zip(golden["gradient_models"], golden["input_gradients"], strict=True):
-        name = f"{session}/neuron{neuron}"
-        if name not in bank.names:
-            continue
-        ones = np.ones((3, 1), np.float32)
-        got = cl.input_gradient(images, bank.select(name), ones, backend=gpu_engine)
-        for i in range(3):
-            assert np.linalg.norm(got[i] - expected[i]) / np.linalg.norm(expected[i]) < 1e-5
+    """To 1e-5 where no ReLU gate lies within rounding of zero; elsewhere single gates may flip."""
+    rows = np.arange(0, 48, 4)
+    pairs = (rows * 7) % len(bank)
+    images = cl.recenter(golden["images_uint8"][rows])
+    host = bank.to("cpu")
+    expected = cl.input_gradient(images.astype(np.float64), host, np.ones(len(rows)), pairs=pairs, backend="reference")
+    got = cl.input_gradient(images, bank, np.ones(len(rows), np.float32), pairs=pairs, backend=gpu_engine)
+    nothing = torch.empty(0)
+    kept = 0
+    for i, n in enumerate(pairs):
+        one = Inputs(nothing, torch.from_numpy(images[i : i + 1]), host.select(int(n)), nothing, nothing)
+        clear = bool(without_kinks(one, band=1e-7))
+        kept += clear
+        norms = np.linalg.norm(got[i]) * np.linalg.norm(expected[i])
+        assert np.linalg.norm(got[i] - expected[i]) / np.linalg.norm(expected[i]) < (1e-5 if clear else 5e-3)
+        assert np.vdot(got[i], expected[i]) / norms > 0.9999
+    assert kept
