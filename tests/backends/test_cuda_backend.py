@@ -70,6 +70,18 @@ def test_a_compiled_bank_lives_as_long_as_its_tensors(fake_cuda: FakeCuda) -> No
     assert len(gpu._banks) == before - 1
 
 
+def test_weights_that_were_written_to_are_compiled_again(fake_cuda: FakeCuda) -> None:
+    inputs = random_inputs(CASES[4])
+    before = cl.responses(inputs.images, inputs.bank, backend="cuda")
+    inputs.bank.weights.mul_(2)
+    got = cl.responses(inputs.images, inputs.bank, backend="cuda")
+    assert torch.equal(got, cl.responses(inputs.images, inputs.bank, backend="reference"))
+    assert not torch.equal(got, before)
+    with torch.inference_mode():
+        bank = random_inputs(CASES[4]).bank
+    assert torch.equal(cl.responses(inputs.images, bank, backend="cuda"), before)
+
+
 def test_threads_compile_a_bank_once(fake_cuda: FakeCuda) -> None:
     inputs = random_inputs(CASES[4])
     expected = cl.responses(inputs.images, inputs.bank, backend="reference")

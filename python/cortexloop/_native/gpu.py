@@ -60,7 +60,7 @@ class CompiledBank:
     def __init__(self, weights: Tensor, table: Tensor) -> None:
         host_weights, host_table = weights.detach().to(CPU), table.detach().to(CPU)
         n, fields = table.shape
-        self.module = _native.cuda()
+        self.module, self.version = _native.cuda(), _version(weights)
         self.bank: cuda_module.Bank = self.module.Bank(
             pointer(host_weights, "weights", torch.float32, (weights.numel(),)),
             weights.numel(),
@@ -94,12 +94,17 @@ class CompiledBank:
         return image
 
 
+def _version(x: Tensor) -> int:
+    """Grows when the tensor is written to; torch does not count for tensors of its inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
 _banks: MutableMapping[Tensor, MutableMapping[Tensor, CompiledBank]] = WeakTensorKeyDictionary()
 _banks_lock = threading.Lock()
 
 
 def compiled_bank(weights: Tensor, table: Tensor) -> CompiledBank:
-    """The compiled form of a bank, made once for as long as both tensors live: packed banks are never written.
+    """The compiled form of a bank, made once for as long as both tensors live and the weights are not written to.
 
     Raises:
         RuntimeError: not made yet, and a graph is being captured.
@@ -110,7 +115,7 @@ def compiled_bank(weights: Tensor, table: Tensor) -> CompiledBank:
         if of_table is None:
             of_table = _banks[table] = WeakTensorKeyDictionary()
         found = of_table.get(weights)
-        if found is None or found.module is not _native.cuda():
+        if found is None or found.module is not _native.cuda() or found.version != _version(weights):
             _device.refuse_capture(weights.device)
             found = of_table[weights] = CompiledBank(weights, table)
     return found

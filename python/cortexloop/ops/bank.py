@@ -53,8 +53,7 @@ def _check_range(pairs: Tensor, models: int) -> None:
     """Check that pairs, int64 [B], lie in a bank of so many models.
 
     On a GPU this has to wait for the values, so it is done once for each content of a tensor, and not while a graph is
-    being captured. (An assertion on the device would not wait, but a failed one makes the whole process lose its GPU;
-    kernels answer a pair outside the bank with NaN and read nothing.)
+    being captured. (An assertion on the device would not wait, but a failed one makes the whole process lose its GPU.)
 
     Raises:
         ValueError: a pair outside the bank.
