@@ -178,6 +178,17 @@ def test_compiles_for_another_vendor(kernel: str) -> None:
         assert compiled.asm["hsaco"]
 
 
+def test_exact_products_are_float32() -> None:
+    """No tensor core rounds their operands; the fast kernels use them."""
+    for name in ("_first_layer_kernel", "_separable_layer_kernel", "_layer_gradient_kernel"):
+        for variant in [variant for variant in VARIANTS if variant.kernel == name][::4]:
+            code = compile_for(variant, NVIDIA[90]).asm["ptx"]
+            fast = dict(variant.compiled).get("FAST", False)
+            assert ("mma" in code) == fast
+            assert "tf32" not in code
+            assert fast or "fma.rn.f32" in code
+
+
 def test_small_numbers_are_not_compiled_in() -> None:
     """One image or one model must not make Triton compile again."""
     for kernel in (operators.bank_fwd._first_layer_kernel, operators.bank_bwd._layer_gradient_kernel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -210,15 +211,56 @@ def test_codes_are_left_to_torch() -> None:
     assert reason == "the Triton kernels evaluate banks, plain torch works on populations of codes on a GPU"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_a_cpu_is_refused_by_name() -> None:
+@pytest.fixture
+def installed() -> None:
+    """Skip where Triton is not installed."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        pytest.skip("Triton is not installed; pip install cortexloop[triton]")
+
+
+@pytest.fixture
+def pretended_gpu(installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """torch says that there is a GPU, an old one unless told otherwise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    reasons = backend._device_reason
+    reasons.cache_clear()
+    yield monkeypatch
+    reasons.cache_clear()
+
+
+def test_old_gpus_are_refused(pretended_gpu: pytest.MonkeyPatch) -> None:
+    reason = backend.BACKEND.unsupported(Problem("bank_forward", "cuda"))
+    assert reason == "the Triton kernels need compute capability 8.0 or newer, this GPU has 7.5"
+
+
+def test_what_triton_misses_is_the_reason(pretended_gpu: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver
+
+    class Broken:
+        def get_current_target(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nmore")
+
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    pretended_gpu.setattr(driver, "_active", Broken())
+    reason = backend.BACKEND.unsupported(Problem("bank_forward", "cuda"))
+    assert reason == "Triton does not work here: Failed to find C compiler."
+
+
+def test_a_cpu_is_refused_by_name(installed: None) -> None:
     """Outside of the interpreter; see test_triton_kernels.py for that."""
     bank = random_inputs(CASES[0]).bank
     with pytest.raises(cl.BackendError, match="the Triton kernels work in GPU memory, the images are on cpu"):
         cl.responses(random_inputs(CASES[0]).images, bank, backend="triton")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu_the_reason_says_so() -> None:
+def test_without_a_gpu_the_reason_says_so(installed: None) -> None:
     assert backend.BACKEND.unsupported(Problem("bank_forward", "cuda")) == f"torch {torch.__version__} sees no GPU"
+
+
+def test_float64_is_refused(pretended_gpu: pytest.MonkeyPatch) -> None:
+    pretended_gpu.setattr(backend, "_device_reason", lambda device, index: None)
+    problem = Problem("bank_forward", "cuda", dtype=torch.float64)
+    assert backend.BACKEND.unsupported(problem) == "the Triton kernels take uint8 and float32 images, these are float64"
