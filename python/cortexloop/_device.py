@@ -165,7 +165,8 @@ def memory(device: torch.device, what: str) -> Iterator[None]:
         if on_gpu(device):
             left, total = torch.cuda.mem_get_info(device)
             free = f", of which {left / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+        told = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""  # names the kernel
         raise torch.OutOfMemoryError(
-            f"there is not enough memory on {device}{free}, for {what}; "
+            f"there is not enough memory on {device}{free}, for {what}{told}; "
             "give fewer images at a time, or free memory on that device"
         ) from error

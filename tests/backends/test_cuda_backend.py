@@ -172,17 +172,20 @@ def test_reasons_why_there_is_no_cuda(
         raise AssertionError(_native.cuda_unavailable.__wrapped__())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("cudaMalloc")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("some_kernel failed: out of memory")]
+)
 def test_out_of_memory_is_one_sentence(fake_cuda: FakeCuda, error: Exception) -> None:
     fake_cuda.failure = error
     fake_cuda.workspace = 3 * 2**20
     with pytest.raises(torch.OutOfMemoryError) as raised:
         cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
+    told = " (some_kernel failed: out of memory)" if isinstance(error, MemoryError) else ""
     assert str(raised.value) == (
-        "there is not enough memory on cpu, for 3 images with 5 models: 3 MiB of workspace, and the results; "
+        f"there is not enough memory on cpu, for 3 images with 5 models: 3.0 MiB of workspace, and the results{told}; "
         "give fewer images at a time, or free memory on that device"
     )
-    with pytest.raises(torch.OutOfMemoryError, match="for 3 pairs: 3 MiB of workspace"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"for 3 pairs: 3\.0 MiB of workspace"):
         cl.input_gradient(INPUTS.images, INPUTS.bank, torch.ones(3), pairs=INPUTS.pairs, backend="cuda")
 
 
@@ -192,7 +195,7 @@ def test_memory_that_does_not_fit_is_one_sentence(fake_cuda: FakeCuda, monkeypat
 
     cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
     monkeypatch.setattr(_device, "aligned_buffer", full)
-    with pytest.raises(torch.OutOfMemoryError, match="for 3 images with 5 models: 0 MiB of workspace"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"for 3 images with 5 models: 0\.0 MiB of workspace"):
         cl.responses(INPUTS.images, INPUTS.bank, backend="cuda")
 
 

@@ -69,4 +69,4 @@ class BankOperators:
 
 def _memory(images: Tensor, table: Tensor, pairs: Tensor | None, workspace: int) -> AbstractContextManager[None]:
     what = f"{images.shape[0]} images with {table.shape[0]} models" if pairs is None else f"{len(pairs)} pairs"
-    return _device.memory(images.device, f"{what}: {workspace / 2**20:.0f} MiB of workspace, and the results")
+    return _device.memory(images.device, f"{what}: {workspace / 2**20:.1f} MiB of workspace, and the results")
