@@ -18,16 +18,92 @@
 
 namespace cortexloop::cuda {
 
+// Sums of a depthwise layer of stride 2 and kernel 5 in one thread: a pair of channels, kColumns output columns, and the
+// three output rows m - 1, m, m + 1 that rows 2m and 2m + 1 of the input reach.
+template <class Numbers>
+struct Sums {
+  using Pair = typename Numbers::Pair;
+  static constexpr int kColumns = Numbers::kColumns;
+  Pair value[3][kColumns];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+#pragma unroll
+      for (int u = 0; u < kColumns; ++u) set_zero(value[s][u]);
+    }
+  }
+
+  // Between rows the third output row holds zeros; the other two can wait elsewhere.
+  static constexpr int kParkedPairs = 2 * kColumns;
+
+  __device__ __forceinline__ void park(Pair* place) const {
+#pragma unroll
+    for (int i = 0; i < kParkedPairs; ++i) {
+      place[i * Numbers::kThreads + thread_index()] = value[i / kColumns][i % kColumns];
+    }
+  }
+
+  __device__ __forceinline__ void fetch(const Pair* place) {
+    clear();
+#pragma unroll
+    for (int i = 0; i < kParkedPairs; ++i) {
+      value[i / kColumns][i % kColumns] = place[i * Numbers::kThreads + thread_index()];
+    }
+  }
+
+  // Output row m - 1 is complete: m becomes m + 1.
+  __device__ __forceinline__ void advance() {
+#pragma unroll
+    for (int u = 0; u < kColumns; ++u) {
+      value[0][u] = value[1][u];
+      value[1][u] = value[2][u];
+      set_zero(value[2][u]);
+    }
+  }
+
+  // Adds one input row. `row` points at the input column before the first output's centre but one; `stride` and
+  // `pairs` count Pairs. An odd row is tap row 4, 2, 0 of the three output rows, an even one 3, 1 of the first two.
+  template <bool kOdd>
+  __device__ __forceinline__ void add(const Pair* row, int stride, const Pair* taps, int pairs) {
+    constexpr int kSlots = kOdd ? 3 : 2;
+    Pair w[kSlots][5];
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int j = 0; j < 5; ++j) w[s][j] = taps[(((kOdd ? 4 : 3) - 2 * s) * 5 + j) * pairs];
+    }
+#pragma unroll
+    for (int column = 0; column < 2 * kColumns + 3; ++column) {
+      const Pair x = row[column * stride];
+#pragma unroll
+      for (int j = 0; j < 5; ++j) {
+        if ((column - j) % 2 != 0 || column < j || (column - j) / 2 >= kColumns) continue;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) fused_add(value[s][(column - j) / 2], w[s][j], x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_row(bool odd, const Pair* row, int stride, const Pair* taps, int pairs) {
+    if (odd) {
+      add<true>(row, stride, taps, pairs);
+    } else {
+      add<false>(row, stride, taps, pairs);
+    }
+  }
+};
+
 // Where things lie in shared memory. Strides are chosen so that the accesses of a warp fall into different banks. What is
 // needed in different phases shares a place: image rows with operand1, the second map and operand2 with the first map.
 struct HeadLayout {
-  std::int32_t copy_words;                         // image: one copy of one row; two copies to a row
-  std::int32_t image_plane;                        // image: words of one plane of all rows
-  std::int32_t first_stride, first_width;          // first map: numbers per pixel, pixels per row
-  std::int32_t second_stride, second_width;        // second map: likewise
-  std::int32_t operand1_stride, operand1_plane;    // halves per pixel, halves per plane
-  std::int32_t operand2_stride, operand2_plane;    // likewise
-  std::int32_t operand1, second, operand2, bytes;  // starts; the first map starts at 0
+  std::int32_t copy_words;                                 // image: one copy of one row; two copies to a row
+  std::int32_t image_plane;                                // image: words of one plane of all rows
+  std::int32_t first_stride, first_width;                  // first map: numbers per pixel, pixels per row
+  std::int32_t second_stride, second_width;                // second map: likewise
+  std::int32_t operand1_stride, operand1_plane;            // halves per pixel, halves per plane
+  std::int32_t operand2_stride, operand2_plane;            // likewise
+  std::int32_t operand1, second, operand2, parked, bytes;  // starts; the first map starts at 0
 };
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -58,7 +134,8 @@ __host__ __device__ inline HeadLayout head_layout(const HeadRecord& head, int wi
   l.second = 0;
   l.operand2 = lines(kRows / 2 * l.second_width * l.second_stride * kNumber);
   l.operand1 = larger(first, l.operand2 + lines(Numbers::kPlanes * l.operand2_plane * 2));
-  l.bytes = l.operand1 + larger(image, operand1);
+  l.parked = l.operand1 + larger(image, operand1);
+  l.bytes = l.parked + (Numbers::kParked ? Sums<Numbers>::kParkedPairs * Numbers::kThreads * 2 * kNumber : 0);
   return l;
 }
 
@@ -114,100 +191,89 @@ __device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float*
   }
 }
 
-// Rows y .. y + kRows - 1 of the first map.
+// Rows y .. y + kRows - 1 of the first map, kTiles tiles of eight channels from n0 on, by the warps of one parity.
 //
-// A warp takes tiles of 16 pixels by up to kTiles tiles of eight channels, whose weights stay in registers, and
-// kTogether rows at a time, since two rows share four of their five image rows. K is 16 per image row: three colours of five pixels, and one
-// number more that meets a zero weight. With g = lane / 4, t = lane % 4, the words that a lane needs start at number
-// 3 (x + g) + 2t: odd for odd g, so those lanes read the second copy. Even lanes fall on banks 0..12, odd ones on 16..29.
-template <class Numbers, bool kMasks>
+// A warp takes tiles of 16 pixels. The weights stay in registers; kTogether rows share image rows. K is 16 per image row:
+// three colours of five pixels, and one number more that meets a zero weight. With g = lane / 4, t = lane % 4, the words
+// that a lane needs start at number 3 (x + g) + 2t: odd for odd g, so those lanes read the second copy. Even lanes fall
+// on banks 0..12, odd ones on 16..29.
+template <class Numbers, bool kMasks, int kTiles>
 __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecord& head, const ImagesRef& images, int y,
-                                            const HeadLayout& l, unsigned char* shared, const HeadMasks& masks) {
+                                            int n0, const HeadLayout& l, unsigned char* shared,
+                                            const HeadMasks& masks) {
   using Pair = typename Numbers::Pair;
-  constexpr int kTiles = Numbers::kExact ? 2 : 3;
-  constexpr int kTogether = Numbers::kExact ? 1 : 2;  // rows; two need more registers than the exact mode has
-  constexpr int kWarps = Numbers::kThreads / 32, kRows = Numbers::kRows;
-  const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
-  const int n_tiles = head.first.n_tiles, middle = (n_tiles + 1) / 2;
-  const int n_begin = (warp & 1) != 0 ? middle : 0, n_end = (warp & 1) != 0 ? n_tiles : middle;
-  const int each = ceil_div(middle, ceil_div(middle, kTiles));
-  const bool two_planes = Numbers::kExact && !images.is_u8;
-
-  for (int n0 = n_begin; n0 < n_end; n0 += each) {
-    const int count = min(each, n_end - n0);
-    const uint2* fragments = bank.at<uint2>(head.first.fragments) + n0 * kFirstKernel * 32 + lane;
-    uint2 b[Numbers::kPlanes][kTiles][kFirstKernel];
+  constexpr int kPlanes = Numbers::kPlanes, kRows = Numbers::kRows;
+  constexpr int kTogether = Numbers::kExact ? 1 : 2;  // two need more registers than the exact mode has
+  const int thread = thread_index(), lane = thread & 31;
+  const int n_tiles = head.first.n_tiles;
+  const uint2* fragments = bank.at<uint2>(head.first.fragments) + n0 * kFirstKernel * 32 + lane;
+  uint2 b[kPlanes][kTiles][kFirstKernel];
 #pragma unroll
-    for (int p = 0; p < Numbers::kPlanes; ++p) {
+  for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int dy = 0; dy < kFirstKernel; ++dy) b[p][j][dy] = fragments[((p * n_tiles + j) * kFirstKernel + dy) * 32];
+    }
+  }
+#pragma unroll 1
+  for (int task = thread >> 6; task < ceil_div(images.width, 16) * (kRows / kTogether);
+       task += Numbers::kThreads / 64) {
+    const int m = task / (kRows / kTogether), row = kTogether * (task - m * (kRows / kTogether));
+    if (y + row >= images.height) continue;
+    float sum[kTogether][kTiles][4];
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int dy = 0; dy < kFirstKernel; ++dy) {
-          b[p][j][dy] = j < count ? fragments[((p * n_tiles + j) * kFirstKernel + dy) * 32] : make_uint2(0, 0);
-        }
+        for (int e = 0; e < 4; ++e) sum[r][j][e] = 0.0f;
       }
     }
+    const int g = lane >> 2;
+    const std::uint32_t* word = reinterpret_cast<const std::uint32_t*>(shared + l.operand1) +
+                                (2 * row + (g & 1)) * l.copy_words + (3 * (16 * m + g) - (g & 1)) / 2 + (lane & 3);
+    // Float images have a second plane in the exact mode; of levels, which are exact, it would be zero.
 #pragma unroll 1
-    for (int task = warp >> 1; task < ceil_div(images.width, 16) * (kRows / kTogether); task += kWarps / 2) {
-      const int m = task / (kRows / kTogether), row = kTogether * (task - m * (kRows / kTogether));
-      if (y + row >= images.height) continue;
-      float sum[kTogether][kTiles][4];
+    for (int plane = 0; plane < (Numbers::kExact && !images.is_u8 ? 2 : 1); ++plane) {
 #pragma unroll
-      for (int r = 0; r < kTogether; ++r) {
+      for (int i = 0; i < kFirstKernel - 1 + kTogether; ++i) {
+        const std::uint32_t* at = word + 2 * i * l.copy_words;
+        const std::uint32_t a[4] = {at[0], at[12], at[4], at[16]};
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[r][j][e] = 0.0f;
-        }
-      }
-      const int g = lane >> 2;
-      const std::uint32_t* word = reinterpret_cast<const std::uint32_t*>(shared + l.operand1) +
-                                  (2 * row + (g & 1)) * l.copy_words + (3 * (16 * m + g) - (g & 1)) / 2 + (lane & 3);
-#pragma unroll 1
-      for (int plane = 0; plane < (two_planes ? 2 : 1); ++plane) {
-#pragma unroll
-        for (int i = 0; i < kFirstKernel - 1 + kTogether; ++i) {
-          const std::uint32_t* at = word + 2 * i * l.copy_words;
-          const std::uint32_t a[4] = {at[0], at[12], at[4], at[16]};
+        for (int p = 0; p < kPlanes; ++p) {
+          if (p + plane > 1) continue;
 #pragma unroll
           for (int r = 0; r < kTogether; ++r) {
             const int dy = i - r;
             if (dy < 0 || dy >= kFirstKernel) continue;
 #pragma unroll
-            for (int j = 0; j < kTiles; ++j) {
-              if (j >= count) continue;
-#pragma unroll
-              for (int p = 0; p < Numbers::kPlanes; ++p) {
-                if (p == 0 || plane == 0) mma_16816(sum[r][j], a, b[p][j][dy].x, b[p][j][dy].y);
-              }
-            }
+            for (int j = 0; j < kTiles; ++j) mma_16816(sum[r][j], a, b[p][j][dy].x, b[p][j][dy].y);
           }
         }
-        word += l.image_plane;
       }
-      const int own = thread_index() & 31;  // the lane again, not to keep it through the products
+      word += l.image_plane;
+    }
+    const int own = thread_index() & 31;  // the lane again, not to keep it through the products
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        if (j >= count) continue;
-        const int pair = (n0 + j) * 4 + (own & 3);  // of channels
-        const float2 scale = bank.at<float2>(head.first.scale)[pair];
-        const float2 bias = bank.at<float2>(images.is_u8 ? head.first_bias_u8 : head.first_bias_f32)[pair];
+    for (int j = 0; j < kTiles; ++j) {
+      const int pair = (n0 + j) * 4 + (own & 3);  // of channels
+      const float4 f = bank.at<float4>(images.is_u8 ? head.first_u8 : head.first_f32)[pair];
 #pragma unroll
-        for (int r = 0; r < kTogether; ++r) {
+      for (int r = 0; r < kTogether; ++r) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int x = 16 * m + (own >> 2) + 8 * h;
-            const float u = relu(fmaf(sum[r][j][2 * h], scale.x, bias.x));
-            const float v = relu(fmaf(sum[r][j][2 * h + 1], scale.y, bias.y));
-            if (x < images.width) {
-              Pair* out = reinterpret_cast<Pair*>(shared);
-              store_pair(out + ((row + r) * l.first_width + x + 1) * (l.first_stride / 2) + pair, u, v);
-            }
-            if (kMasks) {
-              const std::uint32_t byte = mask_byte(u, v, own);
-              if (x < images.width && (own & 3) == 0) {
-                masks.first[((y + row + r) * images.width + x) * n_tiles + n0 + j] = static_cast<std::uint8_t>(byte);
-              }
+        for (int h = 0; h < 2; ++h) {
+          const int x = 16 * m + (own >> 2) + 8 * h;
+          const float u = relu(fmaf(sum[r][j][2 * h], f.x, f.z));
+          const float v = relu(fmaf(sum[r][j][2 * h + 1], f.y, f.w));
+          if (x < images.width) {
+            Pair* out = reinterpret_cast<Pair*>(shared);
+            store_pair(out + ((row + r) * l.first_width + x + 1) * (l.first_stride / 2) + pair, u, v);
+          }
+          if (kMasks) {
+            const std::uint32_t byte = mask_byte(u, v, own);
+            if (x < images.width && (own & 3) == 0) {
+              masks.first[((y + row + r) * images.width + x) * n_tiles + n0 + j] = static_cast<std::uint8_t>(byte);
             }
           }
         }
@@ -216,63 +282,24 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
   }
 }
 
-// Sums of a depthwise layer of stride 2 and kernel 5 in one thread: a pair of channels, kColumns output columns, and the
-// three output rows m - 1, m, m + 1 that rows 2m and 2m + 1 of the input reach.
-template <class Numbers>
-struct Sums {
-  using Pair = typename Numbers::Pair;
-  static constexpr int kColumns = Numbers::kColumns;
-  Pair value[3][kColumns];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int s = 0; s < 3; ++s) {
-#pragma unroll
-      for (int u = 0; u < kColumns; ++u) set_zero(value[s][u]);
-    }
+// All channels: even warps take the first half of the tiles, odd ones the others. How many a warp takes at a time is a
+// constant of the loop over pixels, which then has no branches.
+template <class Numbers, bool kMasks>
+__device__ __forceinline__ void first_rows(const BankRef& bank, const HeadRecord& head, const ImagesRef& images, int y,
+                                           const HeadLayout& l, unsigned char* shared, const HeadMasks& masks) {
+  constexpr int kMost = Numbers::kExact ? 2 : 3;
+#pragma unroll 1
+  for (int chunk = 0;; ++chunk) {
+    const bool odd = (thread_index() & 32) != 0;
+    const int n_tiles = head.first.n_tiles, middle = (n_tiles + 1) / 2;
+    const int each = ceil_div(middle, ceil_div(middle, kMost)), n0 = (odd ? middle : 0) + chunk * each;
+    const int count = min(each, (odd ? n_tiles : middle) - n0);
+    if (count <= 0) break;
+    if (count == 1) first_tiles<Numbers, kMasks, 1>(bank, head, images, y, n0, l, shared, masks);
+    if (count == 2) first_tiles<Numbers, kMasks, 2>(bank, head, images, y, n0, l, shared, masks);
+    if (count == 3) first_tiles<Numbers, kMasks, kMost>(bank, head, images, y, n0, l, shared, masks);
   }
-
-  // Output row m - 1 is complete: m becomes m + 1.
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int u = 0; u < kColumns; ++u) {
-      value[0][u] = value[1][u];
-      value[1][u] = value[2][u];
-      set_zero(value[2][u]);
-    }
-  }
-
-  // Adds one input row. `row` points at the input column before the first output's centre but one; `stride` and
-  // `pairs` count Pairs. An odd row is tap row 4, 2, 0 of the three output rows, an even one 3, 1 of the first two.
-  template <bool kOdd>
-  __device__ __forceinline__ void add(const Pair* row, int stride, const Pair* taps, int pairs) {
-    constexpr int kSlots = kOdd ? 3 : 2;
-    Pair w[kSlots][5];
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-#pragma unroll
-      for (int j = 0; j < 5; ++j) w[s][j] = taps[(((kOdd ? 4 : 3) - 2 * s) * 5 + j) * pairs];
-    }
-#pragma unroll
-    for (int column = 0; column < 2 * kColumns + 3; ++column) {
-      const Pair x = row[column * stride];
-#pragma unroll
-      for (int j = 0; j < 5; ++j) {
-        if ((column - j) % 2 != 0 || column < j || (column - j) / 2 >= kColumns) continue;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) fused_add(value[s][(column - j) / 2], w[s][j], x);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_row(bool odd, const Pair* row, int stride, const Pair* taps, int pairs) {
-    if (odd) {
-      add<true>(row, stride, taps, pairs);
-    } else {
-      add<false>(row, stride, taps, pairs);
-    }
-  }
-};
+}
 
 // Which pair of channels and which columns a thread owns in a depthwise layer.
 struct Share {
@@ -307,69 +334,81 @@ __device__ __forceinline__ void hand_over(const Sums<Numbers>& sums, const Share
   }
 }
 
-// A pointwise layer: operands [m, K] in shared memory times a matrix. A warp takes kM tiles of 16 pixels and up to kN
-// tiles of eight channels. `store(pixel, pair, x, y)` gets the sums of a pair of output channels, by all lanes.
+// One warp's part of a pointwise layer: kM tiles of 16 pixels from `m` on by kN tiles of eight channels from `n` on.
+template <class Numbers, int kM, int kN, class Store>
+__device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecord& matrix, const __half* operand,
+                                          int stride, int plane, int m, int m_tiles, int n, const Store& store) {
+  constexpr int kPlanes = Numbers::kPlanes;
+  const int lane = thread_index() & 31;
+  float sum[kM][kN][4];
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
+    }
+  }
+  const uint2* fragments = bank.at<uint2>(matrix.fragments) + n * matrix.k_tiles * 32 + lane;
+  const int low_plane = matrix.n_tiles * matrix.k_tiles * 32;
+#pragma unroll 1
+  for (int k = 0; k < matrix.k_tiles; ++k) {
+    uint2 b[kPlanes][kN];
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) b[p][j] = fragments[p * low_plane + (j * matrix.k_tiles + k) * 32];
+    }
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+      // Beyond the last tile the last one is read again; its sums are not stored.
+      const __half* from = operand + (min(m + i, m_tiles - 1) * 16 + (lane & 15)) * stride + k * 16 + (lane >> 4) * 8;
+      std::uint32_t a[kPlanes][4];
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p], from + p * plane);
+#pragma unroll
+      for (int p = 0; p < kPlanes * kPlanes - (kPlanes - 1); ++p) {  // high high, high low, low high
+#pragma unroll
+        for (int j = 0; j < kN; ++j) mma_16816(sum[i][j], a[p / 2], b[p % 2][j].x, b[p % 2][j].y);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    const int own = thread_index() & 31, pair = (n + j) * 4 + (own & 3);
+    const float2 scale = bank.at<float2>(matrix.scale)[pair];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+      if (m + i >= m_tiles) continue;
+      const int pixel = (m + i) * 16 + (own >> 2);
+      store(pixel, pair, sum[i][j][0] * scale.x, sum[i][j][1] * scale.y);
+      store(pixel + 8, pair, sum[i][j][2] * scale.x, sum[i][j][3] * scale.y);
+    }
+  }
+}
+
+// A pointwise layer: operands [pixels, K] in shared memory times a matrix. `store(pixel, pair, x, y)` gets the sums of a
+// pair of output channels, by all lanes of a warp together. A warp takes kM tiles of pixels by up to kN of channels.
 template <class Numbers, int kM, int kN, class Store>
 __device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int stride,
                                     int plane, int pixels, const Store& store) {
-  constexpr int kPlanes = Numbers::kPlanes, kWarps = Numbers::kThreads / 32;
-  const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
+  constexpr int kWarps = Numbers::kThreads / 32;
   const int m_tiles = ceil_div(pixels, 16), groups = ceil_div(m_tiles, kM);
   const int wanted = max(ceil_div(matrix.n_tiles, kN), min(matrix.n_tiles, ceil_div(kWarps, groups)));
   const int each = ceil_div(matrix.n_tiles, wanted), chunks = ceil_div(matrix.n_tiles, each);
-  const uint2* fragments = bank.at<uint2>(matrix.fragments);
-  const float2* scales = bank.at<float2>(matrix.scale);
-  for (int task = warp; task < groups * chunks; task += kWarps) {
-    const int group = task / chunks, n0 = (task - group * chunks) * each;
-    const int count = min(each, matrix.n_tiles - n0);
-    float sum[kM][kN][4];
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
-      }
+#pragma unroll 1
+  for (int task = thread_index() >> 5; task < groups * chunks; task += kWarps) {
+    const int group = task / chunks, n = (task - group * chunks) * each, m = group * kM;
+    const int count = min(each, matrix.n_tiles - n);
+    if (count == 1) mix_tiles<Numbers, kM, 1>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
+    if (kN > 1 && count == 2) {
+      mix_tiles<Numbers, kM, (kN > 1 ? 2 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
     }
-    for (int k = 0; k < matrix.k_tiles; ++k) {
-      std::uint32_t a[kPlanes][kM][4];
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        // Beyond the last tile the last one is read again; its sums are not stored.
-        const int row = min(group * kM + i, m_tiles - 1) * 16 + (lane & 15);
-        const __half* from = operand + row * stride + k * 16 + (lane >> 4) * 8;
-#pragma unroll
-        for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p][i], from + p * plane);
-      }
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        if (j >= count) continue;
-        const uint2* b = fragments + ((n0 + j) * matrix.k_tiles + k) * 32 + lane;
-        const uint2 high = *b;
-#pragma unroll
-        for (int i = 0; i < kM; ++i) mma_16816(sum[i][j], a[0][i], high.x, high.y);
-        if (kPlanes == 2) {
-          const uint2 low = b[matrix.n_tiles * matrix.k_tiles * 32];
-#pragma unroll
-          for (int i = 0; i < kM; ++i) {
-            mma_16816(sum[i][j], a[0][i], low.x, low.y);
-            mma_16816(sum[i][j], a[kPlanes - 1][i], high.x, high.y);
-          }
-        }
-      }
+    if (kN > 2 && count == 3) {
+      mix_tiles<Numbers, kM, (kN > 2 ? 3 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
     }
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      if (j >= count) continue;
-      const int pair = (n0 + j) * 4 + (lane & 3);
-      const float2 scale = scales[pair];
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        if (group * kM + i >= m_tiles) continue;
-        const int pixel = (group * kM + i) * 16 + (lane >> 2);
-        store(pixel, pair, sum[i][j][0] * scale.x, sum[i][j][1] * scale.y);
-        store(pixel + 8, pair, sum[i][j][2] * scale.x, sum[i][j][3] * scale.y);
-      }
+    if (kN > 3 && count == 4) {
+      mix_tiles<Numbers, kM, (kN > 3 ? 4 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
     }
   }
 }
@@ -407,6 +446,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
   Sums<Numbers> sums1, sums2;
   sums1.clear();
   sums2.clear();
+  if (Numbers::kParked) sums2.park(reinterpret_cast<Pair*>(shared + l.parked));
 
   // Step v holds rows kRows v .. of the first map; they complete rows kRows / 2 v - 1 .. of the second one.
   int v = max(0, (4 * job.begin - 3 + kRows) / kRows - 1);
@@ -416,7 +456,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
 #pragma unroll 1
   for (; v <= (4 * job.end + 4) / kRows; ++v) {
     clear_margins(reinterpret_cast<Pair*>(shared), kRows, l.first_width, images.width, l.first_stride / 2);
-    first_tiles<Numbers, kMasks>(bank, head, images, kRows * v, l, shared, job.masks);
+    first_rows<Numbers, kMasks>(bank, head, images, kRows * v, l, shared, job.masks);
     __syncthreads();
 
     {
@@ -443,7 +483,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
     Pair* second = reinterpret_cast<Pair*>(shared + l.second);
     if (row1 + kRows / 2 > 0 && row1 < height / 2) {
       clear_margins(second, kRows / 2, l.second_width, width1, l.second_stride / 2);
-      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, Numbers::kExact ? 3 : 5>(
+      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, 3>(
           bank, head.mix1, reinterpret_cast<const __half*>(shared + l.operand1), l.operand1_stride, l.operand1_plane,
           kRows / 2 * width1, [&](int pixel, int pair, float x, float y) {
             const int line = pixel >= width1 ? 1 : 0, column = pixel - line * width1;
@@ -472,6 +512,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
       const Pair* taps = taps_at(bank, head.taps2, Pair()) + share.pair;
       const int stride = l.second_stride / 2;
       const Pair* line = second + 2 * share.column * stride + share.pair;
+      if (Numbers::kParked) sums2.fetch(reinterpret_cast<const Pair*>(shared + l.parked));
 #pragma unroll 1
       for (int row = max(row1, 0); row < row1 + kRows / 2; ++row) {
         const bool odd = row % 2 != 0;
@@ -489,6 +530,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
         }
         sums2.advance();
       }
+      if (Numbers::kParked) sums2.park(reinterpret_cast<Pair*>(shared + l.parked));
     }
     if (v < (4 * job.end + 4) / kRows) {
       fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * (v + 1), l,

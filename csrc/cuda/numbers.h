@@ -19,13 +19,14 @@ __device__ __forceinline__ float scale_for(float largest) {
 }
 
 // How a kernel keeps numbers between fused layers, and the shape of its blocks, which follows from the registers that
-// takes. kRows rows of the first map are taken at a time. kColumns is the number of output columns of one thread in a depthwise layer of the head, whose sums stay in
+// takes. kRows rows of the first map are taken at a time. kParked: the sums of the third map's layer wait in shared memory
+// while other layers work, where registers are too few even so. kColumns is the number of output columns of one thread in a depthwise layer of the head, whose sums stay in
 // registers; 8 groups of 7 columns by 32 pairs of channels, or 14 of 4, cover the rows of a published model.
 
 // Maps and depthwise sums in halves, one half per operand.
 struct Fast {
   using Pair = __half2;
-  static constexpr bool kExact = false;
+  static constexpr bool kExact = false, kParked = true;
   static constexpr int kPlanes = 1;
   static constexpr int kThreads = 256, kBlocks = 2, kColumns = 7, kRows = 4;
 };
@@ -33,7 +34,7 @@ struct Fast {
 // Maps and depthwise sums in float32, two halves per operand.
 struct Exact {
   using Pair = float2;
-  static constexpr bool kExact = true;
+  static constexpr bool kExact = true, kParked = false;
   static constexpr int kPlanes = 2;
   static constexpr int kThreads = 512, kBlocks = 1, kColumns = 4, kRows = 2;
 };

@@ -32,6 +32,13 @@ class Bytes {
     return static_cast<std::int64_t>(start);
   }
 
+  template <class T>
+  std::vector<T> read(std::int64_t start, std::size_t count) const {
+    std::vector<T> values(count);
+    std::memcpy(values.data(), bytes_->data() + start, count * sizeof(T));
+    return values;
+  }
+
  private:
   std::vector<unsigned char>* bytes_;
 };
@@ -111,6 +118,17 @@ std::int64_t add_padded(Bytes& bytes, const std::vector<double>& values, int siz
   std::vector<float> padded(static_cast<std::size_t>(size), 0.0f);
   for (std::size_t i = 0; i < values.size(); ++i) padded[i] = static_cast<float>(values[i] * scale);
   return bytes.add(padded);
+}
+
+// For each pair of channels the two scales of a matrix, then the two biases times `scale`.
+std::int64_t add_outputs(Bytes& bytes, const MatrixRecord& matrix, const std::vector<double>& bias, double scale) {
+  const std::vector<float> scales = bytes.read<float>(matrix.scale, static_cast<std::size_t>(matrix.n_tiles) * 8);
+  std::vector<float> out(scales.size() * 2, 0.0f);
+  for (std::size_t n = 0; n < scales.size(); ++n) {
+    out[n / 2 * 4 + n % 2] = scales[n];
+    if (n < bias.size()) out[n / 2 * 4 + 2 + n % 2] = static_cast<float>(bias[n] * scale);
+  }
+  return bytes.add(out);
 }
 
 // taps: [25][channels]
@@ -248,8 +266,8 @@ bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecor
   const double scale1 = scale_below(largest_of(map1), kHalfBound);
   const double scale_between2 = scale_below(largest_of(between2), kHalfBound);
   head->first = add_matrix(bytes, kernel, 1.0, scale0);
-  head->first_bias_u8 = add_padded(bytes, bias0_u8, head->first.n_tiles * 8, scale0);
-  head->first_bias_f32 = add_padded(bytes, bias0, head->first.n_tiles * 8, scale0);
+  head->first_u8 = add_outputs(bytes, head->first, bias0_u8, scale0);
+  head->first_f32 = add_outputs(bytes, head->first, bias0, scale0);
   head->taps1 = add_taps(bytes, taps1, head->taps1.pairs, scale_between1 / scale0);
   head->mix1 = add_matrix(bytes, mixing1, scale_between1, scale1);
   head->mix1_bias = add_padded(bytes, bias_of(second), head->mix1.n_tiles * 8, scale1);

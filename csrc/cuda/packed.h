@@ -50,9 +50,10 @@ struct TapsRecord {
 
 struct HeadRecord {
   std::int32_t channels0, channels1, channels2;
-  MatrixRecord first;           // [80, channels0]: row dy * 16 + dx * 3 + colour
-  std::int64_t first_bias_u8;   // [n_tiles * 8]; pixels are levels minus the rounded mean
-  std::int64_t first_bias_f32;  // [n_tiles * 8]
+  MatrixRecord first;  // [80, channels0]: row dy * 16 + dx * 3 + colour
+  // How sums of products become numbers of the first map: float4 [n_tiles * 4], scales of a pair of channels and biases.
+  std::int64_t first_u8;   // pixels are levels minus the rounded mean
+  std::int64_t first_f32;  // pixels are recentred values
   TapsRecord taps1, taps2;
   MatrixRecord mix1, mix2;  // pointwise layers
   std::int64_t mix1_bias, mix2_bias;
