@@ -68,7 +68,7 @@ def test_modules_are_copied_beside_the_package(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "package").mkdir()
     for name in ("_cpu.abi.so", "_cuda.abi.so", "other.so"):
         (folder / name).write_text(name)
-    stage = gpu.build_stage(rehearse=False)
+    stage = gpu.build_stage("native", rehearse=False)
     assert stage.commands[0][:2] == ("cmake", "-S")
     assert "-DCORTEXLOOP_CUDA=ON" in stage.commands[0]
     assert stage.after is not None
@@ -80,9 +80,9 @@ def test_tools_that_are_missing_skip_their_stage(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(gpu, "built", lambda: False)
     assert gpu.sanitizer_stage("memcheck", 60, rehearse=False).skipped == "compute-sanitizer is not installed"
-    assert gpu.build_stage(rehearse=False).skipped == "CMake or pybind11 is not installed"
+    assert gpu.build_stage("native", rehearse=False).skipped == "CMake or pybind11 is not installed"
     monkeypatch.setattr(gpu, "built", lambda: True)
-    assert gpu.build_stage(rehearse=False).skipped == "the CUDA module is there"
+    assert gpu.build_stage("native", rehearse=False).skipped == "the CUDA module is there"
 
 
 def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

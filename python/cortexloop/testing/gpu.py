@@ -168,8 +168,8 @@ def built() -> bool:
     return importlib.util.find_spec("cortexloop._cuda") is not None
 
 
-def build_stage(*, rehearse: bool) -> Stage:
-    """CMake with the installed pybind11, for this machine's GPU only; the modules are copied beside the package."""
+def build_stage(architectures: str, *, rehearse: bool) -> Stage:
+    """CMake with the installed pybind11; the modules are copied beside the package."""
     folder = ROOT / "build" / "gpu"
 
     def install() -> None:
@@ -185,11 +185,12 @@ def build_stage(*, rehearse: bool) -> Stage:
     import pybind11
 
     configure = [
-        "cmake", "-S", str(ROOT), "-B", str(folder), "-DCORTEXLOOP_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native",
+        "cmake", "-S", str(ROOT), "-B", str(folder),
+        "-DCORTEXLOOP_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *(["-G", "Ninja"] if shutil.which("ninja") else []),
     ]  # fmt: skip
-    processors = str(os.cpu_count() or 1)
+    processors = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return Stage(
         "build",
         (tuple(configure), ("cmake", "--build", str(folder), "--parallel", processors)),
@@ -262,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-results", help="folder for logs and rows")
     parser.add_argument("--minutes", type=float, default=9.3, help="for everything")
     parser.add_argument("--only", default=",".join(STAGES), help=f"stages, separated by commas: {', '.join(STAGES)}")
+    parser.add_argument("--architectures", default="native", help="CUDA architectures to build for")
     parser.add_argument("--commit", help="of the sources, where they have no history; '-dirty' behind it if changed")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, on small cases")
     options = parser.parse_args(arguments)
@@ -273,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no stage named {', '.join(unknown)}; there are {', '.join(STAGES)}")
     rehearse = options.rehearse
     runner = Runner(options.out.resolve(), 60 * options.minutes)
-    if "build" in wanted and not runner.run(build_stage(rehearse=rehearse)).good:
+    if "build" in wanted and not runner.run(build_stage(options.architectures, rehearse=rehearse)).good:
         return finish(runner)
     if "doctor" in wanted:
         runner.run(Stage("doctor", ((sys.executable, "-m", "cortexloop", "doctor"),), limit=60))
