@@ -165,21 +165,18 @@ struct Bank::State {
     Limits found;
     Status status = limits_of(device, &found);
     if (status != Status::ok) return status;
-    int head = 0, with_map = 0;
+    constexpr int head = HeadShape<Numbers>::kBytes;
     std::int64_t map = 0, rest = 0;
     for (const std::int32_t m : packed.heads) {
       const ModelRecord& model = packed.models[static_cast<std::size_t>(m)];
-      const int bytes = head_layout<Numbers>(model.head, model.width).bytes;
       const std::int64_t map_bytes = aligned(4 * out_floats(model.layers[kAfterHead - 1]));
-      head = std::max(head, bytes);
-      with_map = static_cast<int>(std::max<std::int64_t>(with_map, std::min<std::int64_t>(bytes + map_bytes, 1 << 24)));
       map = std::max(map, map_bytes);
       rest = std::max(rest, aligned(4 * rest_layout(model, kAfterHead).floats));
     }
     // Room for the third map, as long as it costs no resident block.
     const int most = found.shared_block - static_cast<int>(kReserved);
     const int target = std::min(most, found.shared_multiprocessor / Numbers::kBlocks - static_cast<int>(kReserved));
-    plan->shared = std::max(head, std::min(with_map, target));
+    plan->shared = std::max(head, static_cast<int>(std::min<std::int64_t>(head + map, target)));
     int slots_found = 0;
     status = slots(device, plan->variant, false, plan->shared, &slots_found);
     if (status != Status::ok) return status;
@@ -215,15 +212,11 @@ struct Bank::State {
     Limits found;
     Status status = limits_of(device, &found);
     if (status != Status::ok) return status;
-    int without = 0, with = 0;
     for (const std::int32_t m : packed.heads) {
-      const ModelRecord& model = packed.models[static_cast<std::size_t>(m)];
-      const BackLayout back = back_layout(model.head, model.width);
-      const int head = head_layout<Exact>(model.head, model.width).bytes;
-      without = std::max({without, head, back.bytes});
-      with = std::max({with, head, back.bytes + back.ring2_bytes + back.ring1_bytes});
-      plan->area = std::max(plan->area, gradient_area(model).bytes);
+      plan->area = std::max(plan->area, gradient_area(packed.models[static_cast<std::size_t>(m)]).bytes);
     }
+    const int without = std::max(HeadShape<Exact>::kBytes, BackShape::kBytes);
+    const int with = std::max(without, BackShape::kBytes + BackShape::kRingBytes);
     *rings_shared = with <= found.shared_block - kReserved;
     plan->shared = *rings_shared ? with : without;
     int slots_found = 0;

@@ -56,7 +56,7 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
         job.end = model.height / 4;
         job.masks = back.masks = {area + at.mask1, area + at.mask2};
         const int map_bytes = static_cast<int>(aligned(4 * out_floats(model.layers[kAfterHead - 1])));
-        const bool stays = head_layout<Exact>(model.head, model.width).bytes + map_bytes <= u.shared_bytes;
+        const bool stays = HeadShape<Exact>::kBytes + map_bytes <= u.shared_bytes;
         job.map = reinterpret_cast<float*>(stays ? shared + u.shared_bytes - map_bytes : area + at.map);
       }
       __syncthreads();
@@ -85,14 +85,13 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
     }
     largest = block_reduce(largest, sums, [](float a, float b) { return fmaxf(a, b); });
     if (threadIdx.x == 0) {
-      const BackLayout l = back_layout(model.head, model.width);
       unsigned char* rings =
-          task.rings_shared != 0 ? shared + l.bytes : area_of(u, blockIdx.x) + gradient_area(model).rings;
+          task.rings_shared != 0 ? shared + BackShape::kBytes : area_of(u, blockIdx.x) + gradient_area(model).rings;
       back.grad2 = kept;
       back.scale1 = scale_for(largest * model.head.largest1);
       back.scale0 = scale_for(largest * model.head.largest0);
       back.ring2 = reinterpret_cast<float2*>(rings);
-      back.ring1 = reinterpret_cast<float2*>(rings + l.ring2_bytes);
+      back.ring1 = reinterpret_cast<float2*>(rings + 8 * BackShape::kRing2);
       const Target target = target_of(task, unit);
       back.grad = target.grad;
       back.stride_y = target.stride_y;

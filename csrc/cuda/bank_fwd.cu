@@ -29,7 +29,7 @@ __global__ __launch_bounds__(Numbers::kThreads, Numbers::kBlocks) void bank_fwd_
       job.image = unit.image;
       job.begin = static_cast<int>(third.out_h * unit.band) / task.bands;
       job.end = static_cast<int>(third.out_h * (unit.band + 1)) / task.bands;
-      const int head_bytes = head_layout<Numbers>(model.head, u.images.width).bytes;
+      constexpr int head_bytes = HeadShape<Numbers>::kBytes;
       const bool stays = task.bands == 1 && head_bytes + aligned(4 * out_floats(third)) <= u.shared_bytes;
       job.map =
           reinterpret_cast<float*>(stays ? shared + head_bytes : area_of(u, task.bands > 1 ? unit.number : blockIdx.x));
@@ -42,7 +42,7 @@ __global__ __launch_bounds__(Numbers::kThreads, Numbers::kBlocks) void bank_fwd_
     const std::int64_t rest_bytes = 4 * rest_layout(model, kAfterHead).floats;
     unsigned char* area = area_of(u, task.bands > 1 ? unit.number : blockIdx.x) + map_bytes;
     const float* map = job.map;
-    unsigned char* rest = rest_bytes <= head_layout<Numbers>(model.head, u.images.width).bytes ? shared : area;
+    unsigned char* rest = rest_bytes <= HeadShape<Numbers>::kBytes ? shared : area;
     if (task.bands > 1) {
       __threadfence();
       __syncthreads();

@@ -62,20 +62,20 @@ struct Sums {
     }
   }
 
-  // Adds one input row. `row` points at the input column before the first output's centre but one; `stride` and
-  // `pairs` count Pairs. An odd row is tap row 4, 2, 0 of the three output rows, an even one 3, 1 of the first two.
-  template <bool kOdd>
-  __device__ __forceinline__ void add(const Pair* row, int stride, const Pair* taps, int pairs) {
+  // Adds one input row. `row` points at the input column before the first output's centre but one. An odd row is tap row
+  // 4, 2, 0 of the three output rows, an even one 3, 1 of the first two. Strides count Pairs.
+  template <bool kOdd, int kStride, int kPairs>
+  __device__ __forceinline__ void add(const Pair* row, const Pair* taps) {
     constexpr int kSlots = kOdd ? 3 : 2;
     Pair w[kSlots][5];
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
-      for (int j = 0; j < 5; ++j) w[s][j] = taps[(((kOdd ? 4 : 3) - 2 * s) * 5 + j) * pairs];
+      for (int j = 0; j < 5; ++j) w[s][j] = taps[(((kOdd ? 4 : 3) - 2 * s) * 5 + j) * kPairs];
     }
 #pragma unroll
     for (int column = 0; column < 2 * kColumns + 3; ++column) {
-      const Pair x = row[column * stride];
+      const Pair x = row[column * kStride];
 #pragma unroll
       for (int j = 0; j < 5; ++j) {
         if ((column - j) % 2 != 0 || column < j || (column - j) / 2 >= kColumns) continue;
@@ -84,60 +84,50 @@ struct Sums {
       }
     }
   }
-
-  __device__ __forceinline__ void add_row(bool odd, const Pair* row, int stride, const Pair* taps, int pairs) {
-    if (odd) {
-      add<true>(row, stride, taps, pairs);
-    } else {
-      add<false>(row, stride, taps, pairs);
-    }
-  }
 };
 
-// Where things lie in shared memory. Strides are chosen so that the accesses of a warp fall into different banks. What is
-// needed in different phases shares a place: image rows with operand1, the second map and operand2 with the first map.
-struct HeadLayout {
-  std::int32_t copy_words;                                 // image: one copy of one row; two copies to a row
-  std::int32_t image_plane;                                // image: words of one plane of all rows
-  std::int32_t first_stride, first_width;                  // first map: numbers per pixel, pixels per row
-  std::int32_t second_stride, second_width;                // second map: likewise
-  std::int32_t operand1_stride, operand1_plane;            // halves per pixel, halves per plane
-  std::int32_t operand2_stride, operand2_plane;            // likewise
-  std::int32_t operand1, second, operand2, parked, bytes;  // starts; the first map starts at 0
-};
+constexpr int kSharedOfEveryDevice = 98 * 1024;  // 99 KB on the smallest, less what kernels declare themselves
 
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Where things lie in shared memory; bytes unless it says otherwise. Strides are such that the accesses of a warp fall
+// into different banks. What is needed in different phases shares a place: image rows with operand1, the second map and
+// operand2 with the first map, which starts at 0.
 template <class Numbers>
-__host__ __device__ inline HeadLayout head_layout(const HeadRecord& head, int width) {
-  constexpr int kNumber = static_cast<int>(sizeof(typename Numbers::Pair)) / 2;
-  constexpr int kColumns = Numbers::kColumns, kRows = Numbers::kRows;
-  HeadLayout l;
-  // 3 * 16 * tiles + 13 halves are read; copies lie an odd multiple of 16 words apart (see `first_tiles`).
-  const int words = (3 * ceil_div(width, 16) * 16 + 14) / 2;
-  l.copy_words = ceil_div(words - 16, 32) * 32 + 16;
-  l.image_plane = (kRows + 4) * 2 * l.copy_words;
-  const int width1 = width / 2, width2 = width / 4;
-  l.first_stride = 8 * (head.first.n_tiles | 1);
-  l.first_width = 2 * kColumns * ceil_div(width1, kColumns) + 3;
-  l.second_stride = 8 * (head.mix1.n_tiles | 1);
-  l.second_width = 2 * kColumns * ceil_div(width2, kColumns) + 3;
-  l.operand1_stride = 16 * head.mix1.k_tiles + 8;
-  l.operand1_plane = ceil_div(kRows / 2 * width1, 16) * 16 * l.operand1_stride;
-  l.operand2_stride = 16 * head.mix2.k_tiles + 8;
-  l.operand2_plane = ceil_div(width2, 16) * 16 * l.operand2_stride;
-  const auto lines = [](int bytes) { return ceil_div(bytes, 128) * 128; };
-  const auto larger = [](int x, int y) { return x > y ? x : y; };
-  const int first = lines(kRows * l.first_width * l.first_stride * kNumber);
-  const int image = lines(Numbers::kPlanes * l.image_plane * 4);
-  const int operand1 = lines(Numbers::kPlanes * l.operand1_plane * 2);
-  l.second = 0;
-  l.operand2 = lines(kRows / 2 * l.second_width * l.second_stride * kNumber);
-  l.operand1 = larger(first, l.operand2 + lines(Numbers::kPlanes * l.operand2_plane * 2));
-  l.parked = l.operand1 + larger(image, operand1);
-  l.bytes = l.parked + (Numbers::kParked ? Sums<Numbers>::kParkedPairs * Numbers::kThreads * 2 * kNumber : 0);
-  return l;
-}
+struct HeadShape {
+  static constexpr int kNumber = static_cast<int>(sizeof(typename Numbers::Pair)) / 2;
+  static constexpr int kColumns = Numbers::kColumns, kRows = Numbers::kRows, kPlanes = Numbers::kPlanes;
+  static constexpr int kWidth1 = kMaxWidth / 2, kWidth2 = kMaxWidth / 4;
+
+  // Image: words of one copy of a row, of which 3 * 112 + 13 halves are read; two copies to a row, an odd multiple of 16
+  // words apart (see `first_tiles`); rows of one plane.
+  static constexpr int kCopyWords = 176;
+  static constexpr int kImagePlane = (kRows + 4) * 2 * kCopyWords;
+  static_assert(2 * kCopyWords >= 3 * kMaxWidth + 14 && kCopyWords % 32 == 16, "first_tiles reads that far");
+
+  // Maps: pairs per pixel, pixels per row with margins of zeros.
+  static constexpr int kStride1 = kMaxPairs1 + 4, kStride2 = kMaxPairs2 + 4;
+  static constexpr int kRow1 = 2 * kColumns * ceil_div(kWidth1, kColumns) + 3;
+  static constexpr int kRow2 = 2 * kColumns * ceil_div(kWidth2, kColumns) + 3;
+
+  // Operands of the pointwise layers: halves per pixel, halves of one plane.
+  static constexpr int kOperandStride1 = 2 * kMaxPairs1 + 8, kOperandStride2 = 2 * kMaxPairs2 + 8;
+  static constexpr int kOperandPlane1 = ceil_div(kRows / 2 * kWidth1, 16) * 16 * kOperandStride1;
+  static constexpr int kOperandPlane2 = ceil_div(kWidth2, 16) * 16 * kOperandStride2;
+
+  static constexpr int kFirstBytes = kRows * kRow1 * kStride1 * 2 * kNumber;
+  static constexpr int kOperand2 = ceil_div(kRows / 2 * kRow2 * kStride2 * 2 * kNumber, 128) * 128;
+  static constexpr int kOperand1 = ceil_div(kFirstBytes, 128) * 128;
+  static_assert(kOperand2 + kPlanes * kOperandPlane2 * 2 <= kFirstBytes, "the second map and its operands fit");
+  static constexpr int kImageBytes = kPlanes * kImagePlane * 4, kOperandBytes = kPlanes * kOperandPlane1 * 2;
+  static constexpr int kParked = kOperand1 + (kImageBytes > kOperandBytes ? kImageBytes : kOperandBytes);
+  static constexpr int kBytes =
+      kParked + (Numbers::kParked ? Sums<Numbers>::kParkedPairs * Numbers::kThreads * 2 * kNumber : 0);
+  static_assert(kBytes <= kSharedOfEveryDevice, "every supported device runs heads");
+  static_assert(ceil_div(kWidth1, kColumns) * kMaxPairs1 <= Numbers::kThreads &&
+                    ceil_div(kWidth2, kColumns) * kMaxPairs2 <= Numbers::kThreads,
+                "the threads of a block cover a row of each depthwise layer");
+};
 
 // Bits of the ReLUs of the first two maps: [height, width, n_tiles] bytes of eight channels each.
 struct HeadMasks {
@@ -157,10 +147,12 @@ __device__ __forceinline__ std::uint32_t mask_byte(float x, float y, int lane) {
 // minus the *rounded* mean, which is exact, so their padding is what rounding the mean took away.
 template <class Numbers>
 __device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float* mean, std::int64_t image, int y,
-                                           const HeadLayout& l, std::uint32_t* to) {
-  const int count = (Numbers::kRows + 4) * l.copy_words;
+                                           unsigned char* shared) {
+  using Shape = HeadShape<Numbers>;
+  std::uint32_t* to = reinterpret_cast<std::uint32_t*>(shared + Shape::kOperand1);
+  constexpr int count = (Numbers::kRows + 4) * Shape::kCopyWords;
   for (int i = thread_index(); i < count; i += Numbers::kThreads) {
-    const int row = i / l.copy_words, word = i - row * l.copy_words;
+    const int row = i / Shape::kCopyWords, word = i - row * Shape::kCopyWords;
     const int image_y = y - 2 + row;
     float v[3];
 #pragma unroll
@@ -179,14 +171,14 @@ __device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float*
         v[j] = inside ? static_cast<const float*>(images.data)[images.offset(image, image_y, x, c)] : 0.0f;
       }
     }
-    std::uint32_t* here = to + 2 * row * l.copy_words + word;
+    std::uint32_t* here = to + 2 * row * Shape::kCopyWords + word;
     const __half2 even = __floats2half2_rn(v[0], v[1]), odd = __floats2half2_rn(v[1], v[2]);
     here[0] = bits(even);
-    here[l.copy_words] = bits(odd);
+    here[Shape::kCopyWords] = bits(odd);
     if (Numbers::kExact && !images.is_u8) {
       const float2 e = __half22float2(even), o = __half22float2(odd);
-      here[l.image_plane] = bits(__floats2half2_rn(v[0] - e.x, v[1] - e.y));
-      here[l.image_plane + l.copy_words] = bits(__floats2half2_rn(v[1] - o.x, v[2] - o.y));
+      here[Shape::kImagePlane] = bits(__floats2half2_rn(v[0] - e.x, v[1] - e.y));
+      here[Shape::kImagePlane + Shape::kCopyWords] = bits(__floats2half2_rn(v[1] - o.x, v[2] - o.y));
     }
   }
 }
@@ -199,9 +191,9 @@ __device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float*
 // on banks 0..12, odd ones on 16..29.
 template <class Numbers, bool kMasks, int kTiles>
 __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecord& head, const ImagesRef& images, int y,
-                                            int n0, const HeadLayout& l, unsigned char* shared,
-                                            const HeadMasks& masks) {
+                                            int n0, unsigned char* shared, const HeadMasks& masks) {
   using Pair = typename Numbers::Pair;
+  using Shape = HeadShape<Numbers>;
   constexpr int kPlanes = Numbers::kPlanes, kRows = Numbers::kRows;
   constexpr int kTogether = Numbers::kExact ? 1 : 2;  // two need more registers than the exact mode has
   const int thread = thread_index(), lane = thread & 31;
@@ -231,14 +223,14 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
       }
     }
     const int g = lane >> 2;
-    const std::uint32_t* word = reinterpret_cast<const std::uint32_t*>(shared + l.operand1) +
-                                (2 * row + (g & 1)) * l.copy_words + (3 * (16 * m + g) - (g & 1)) / 2 + (lane & 3);
+    const std::uint32_t* word = reinterpret_cast<const std::uint32_t*>(shared + Shape::kOperand1) +
+                                (2 * row + (g & 1)) * Shape::kCopyWords + (3 * (16 * m + g) - (g & 1)) / 2 + (lane & 3);
     // Float images have a second plane in the exact mode; of levels, which are exact, it would be zero.
 #pragma unroll 1
     for (int plane = 0; plane < (Numbers::kExact && !images.is_u8 ? 2 : 1); ++plane) {
 #pragma unroll
       for (int i = 0; i < kFirstKernel - 1 + kTogether; ++i) {
-        const std::uint32_t* at = word + 2 * i * l.copy_words;
+        const std::uint32_t* at = word + 2 * i * Shape::kCopyWords;
         const std::uint32_t a[4] = {at[0], at[12], at[4], at[16]};
 #pragma unroll
         for (int p = 0; p < kPlanes; ++p) {
@@ -252,7 +244,7 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
           }
         }
       }
-      word += l.image_plane;
+      word += Shape::kImagePlane;
     }
     const int own = thread_index() & 31;  // the lane again, not to keep it through the products
 #pragma unroll
@@ -268,7 +260,7 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
           const float v = relu(fmaf(sum[r][j][2 * h + 1], f.y, f.w));
           if (x < images.width) {
             Pair* out = reinterpret_cast<Pair*>(shared);
-            store_pair(out + ((row + r) * l.first_width + x + 1) * (l.first_stride / 2) + pair, u, v);
+            store_pair(out + ((row + r) * Shape::kRow1 + x + 1) * Shape::kStride1 + pair, u, v);
           }
           if (kMasks) {
             const std::uint32_t byte = mask_byte(u, v, own);
@@ -286,7 +278,7 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
 // constant of the loop over pixels, which then has no branches.
 template <class Numbers, bool kMasks>
 __device__ __forceinline__ void first_rows(const BankRef& bank, const HeadRecord& head, const ImagesRef& images, int y,
-                                           const HeadLayout& l, unsigned char* shared, const HeadMasks& masks) {
+                                           unsigned char* shared, const HeadMasks& masks) {
   constexpr int kMost = Numbers::kExact ? 2 : 3;
 #pragma unroll 1
   for (int chunk = 0;; ++chunk) {
@@ -295,9 +287,9 @@ __device__ __forceinline__ void first_rows(const BankRef& bank, const HeadRecord
     const int each = ceil_div(middle, ceil_div(middle, kMost)), n0 = (odd ? middle : 0) + chunk * each;
     const int count = min(each, (odd ? n_tiles : middle) - n0);
     if (count <= 0) break;
-    if (count == 1) first_tiles<Numbers, kMasks, 1>(bank, head, images, y, n0, l, shared, masks);
-    if (count == 2) first_tiles<Numbers, kMasks, 2>(bank, head, images, y, n0, l, shared, masks);
-    if (count == 3) first_tiles<Numbers, kMasks, kMost>(bank, head, images, y, n0, l, shared, masks);
+    if (count == 1) first_tiles<Numbers, kMasks, 1>(bank, head, images, y, n0, shared, masks);
+    if (count == 2) first_tiles<Numbers, kMasks, 2>(bank, head, images, y, n0, shared, masks);
+    if (count == 3) first_tiles<Numbers, kMasks, kMost>(bank, head, images, y, n0, shared, masks);
   }
 }
 
@@ -323,21 +315,21 @@ __device__ __forceinline__ const float2* taps_at(const BankRef& bank, const Taps
 }
 
 // Row `pixel0`, pixel0 + 1, ... of the operands of a pointwise layer from the complete sums.
-template <class Numbers>
+template <int kStride, int kPlane, class Numbers>
 __device__ __forceinline__ void hand_over(const Sums<Numbers>& sums, const Share& share, int columns, int pixel0,
-                                          __half* operand, int stride, int plane) {
+                                          __half* operand) {
 #pragma unroll
   for (int u = 0; u < Numbers::kColumns; ++u) {
     if (share.column + u < columns) {
-      store_operand(operand + (pixel0 + share.column + u) * stride + 2 * share.pair, plane, sums.value[0][u]);
+      store_operand(operand + (pixel0 + share.column + u) * kStride + 2 * share.pair, kPlane, sums.value[0][u]);
     }
   }
 }
 
 // One warp's part of a pointwise layer: kM tiles of 16 pixels from `m` on by kN tiles of eight channels from `n` on.
-template <class Numbers, int kM, int kN, class Store>
-__device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecord& matrix, const __half* operand,
-                                          int stride, int plane, int m, int m_tiles, int n, const Store& store) {
+template <class Numbers, int kM, int kN, int kStride, int kPlane, class Store>
+__device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int m,
+                                          int m_tiles, int n, const Store& store) {
   constexpr int kPlanes = Numbers::kPlanes;
   const int lane = thread_index() & 31;
   float sum[kM][kN][4];
@@ -362,10 +354,10 @@ __device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecor
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
       // Beyond the last tile the last one is read again; its sums are not stored.
-      const __half* from = operand + (min(m + i, m_tiles - 1) * 16 + (lane & 15)) * stride + k * 16 + (lane >> 4) * 8;
+      const __half* from = operand + (min(m + i, m_tiles - 1) * 16 + (lane & 15)) * kStride + k * 16 + (lane >> 4) * 8;
       std::uint32_t a[kPlanes][4];
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p], from + p * plane);
+      for (int p = 0; p < kPlanes; ++p) ldmatrix_x4(a[p], from + p * kPlane);
 #pragma unroll
       for (int p = 0; p < kPlanes * kPlanes - (kPlanes - 1); ++p) {  // high high, high low, low high
 #pragma unroll
@@ -389,9 +381,10 @@ __device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecor
 
 // A pointwise layer: operands [pixels, K] in shared memory times a matrix. `store(pixel, pair, x, y)` gets the sums of a
 // pair of output channels, by all lanes of a warp together. A warp takes kM tiles of pixels by up to kN of channels.
-template <class Numbers, int kM, int kN, class Store>
-__device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int stride,
-                                    int plane, int pixels, const Store& store) {
+template <class Numbers, int kM, int kN, int kStride, int kPlane, class Store>
+__device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int pixels,
+                                    const Store& store) {
+  static_assert(kN <= 3, "one case below for each count");
   constexpr int kWarps = Numbers::kThreads / 32;
   const int m_tiles = ceil_div(pixels, 16), groups = ceil_div(m_tiles, kM);
   const int wanted = max(ceil_div(matrix.n_tiles, kN), min(matrix.n_tiles, ceil_div(kWarps, groups)));
@@ -400,26 +393,24 @@ __device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& mat
   for (int task = thread_index() >> 5; task < groups * chunks; task += kWarps) {
     const int group = task / chunks, n = (task - group * chunks) * each, m = group * kM;
     const int count = min(each, matrix.n_tiles - n);
-    if (count == 1) mix_tiles<Numbers, kM, 1>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
-    if (kN > 1 && count == 2) {
-      mix_tiles<Numbers, kM, (kN > 1 ? 2 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
-    }
-    if (kN > 2 && count == 3) {
-      mix_tiles<Numbers, kM, (kN > 2 ? 3 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
-    }
-    if (kN > 3 && count == 4) {
-      mix_tiles<Numbers, kM, (kN > 3 ? 4 : 1)>(bank, matrix, operand, stride, plane, m, m_tiles, n, store);
+    if (count == 1) {
+      mix_tiles<Numbers, kM, 1, kStride, kPlane>(bank, matrix, operand, m, m_tiles, n, store);
+    } else if (count == 2) {
+      mix_tiles < Numbers, kM, kN<2 ? kN : 2, kStride, kPlane>(bank, matrix, operand, m, m_tiles, n, store);
+    } else {
+      mix_tiles<Numbers, kM, kN, kStride, kPlane>(bank, matrix, operand, m, m_tiles, n, store);
     }
   }
 }
 
-// Columns outside a map are zero for good: one on the left, the others on the right of the `used` ones.
-template <class Pair>
-__device__ __forceinline__ void clear_margins(Pair* rows, int count, int columns, int used, int stride) {
-  const int margin = (columns - used) * stride;
-  for (int i = thread_index(); i < count * margin; i += static_cast<int>(blockDim.x)) {
+// Columns outside a map are zeros: one on the left, the others on the right of the `used` ones.
+template <int kCount, int kRow, int kStride, class Pair>
+__device__ __forceinline__ void clear_margins(Pair* rows, int used) {
+  const int margin = (kRow - used) * kStride;
+#pragma unroll 1
+  for (int i = thread_index(); i < kCount * margin; i += static_cast<int>(blockDim.x)) {
     const int line = i / margin, rest = i - line * margin;
-    set_zero(rows[line * columns * stride + rest + (rest < stride ? 0 : used * stride)]);
+    set_zero(rows[line * kRow * kStride + rest + (rest < kStride ? 0 : used * kStride)]);
   }
 }
 
@@ -431,48 +422,48 @@ struct HeadJob {
   std::int32_t begin, end;
 };
 
-// Ends with a barrier. The job and the layout lie in shared memory and addresses are worked out anew in every phase: what
-// would otherwise be kept in registers over the whole loop leaves too few for the sums.
+// Ends with a barrier. The job lies in shared memory and addresses are worked out anew in every phase: what would
+// otherwise be kept in registers over the whole loop leaves too few for the sums.
 template <class Numbers, bool kMasks>
 __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord& model, const ImagesRef& images,
                                          unsigned char* shared, const HeadJob& job) {
   using Pair = typename Numbers::Pair;
+  using Shape = HeadShape<Numbers>;
   constexpr int kRows = Numbers::kRows;
-  __shared__ HeadLayout l;
   const HeadRecord& head = model.head;
   const int height = images.height, width1 = images.width / 2, width2 = images.width / 4;
-  if (threadIdx.x == 0) l = head_layout<Numbers>(head, images.width);
-  __syncthreads();
+  Pair* first = reinterpret_cast<Pair*>(shared);
+  Pair* second = first;
+  __half* operand1 = reinterpret_cast<__half*>(shared + Shape::kOperand1);
+  __half* operand2 = reinterpret_cast<__half*>(shared + Shape::kOperand2);
+  Pair* parked = reinterpret_cast<Pair*>(shared + Shape::kParked);
   Sums<Numbers> sums1, sums2;
   sums1.clear();
   sums2.clear();
-  if (Numbers::kParked) sums2.park(reinterpret_cast<Pair*>(shared + l.parked));
+  if (Numbers::kParked) sums2.park(parked);
 
   // Step v holds rows kRows v .. of the first map; they complete rows kRows / 2 v - 1 .. of the second one.
   int v = max(0, (4 * job.begin - 3 + kRows) / kRows - 1);
-  fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * v, l,
-                      reinterpret_cast<std::uint32_t*>(shared + l.operand1));
+  fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * v, shared);
   __syncthreads();
 #pragma unroll 1
   for (; v <= (4 * job.end + 4) / kRows; ++v) {
-    clear_margins(reinterpret_cast<Pair*>(shared), kRows, l.first_width, images.width, l.first_stride / 2);
-    first_rows<Numbers, kMasks>(bank, head, images, kRows * v, l, shared, job.masks);
+    clear_margins<kRows, Shape::kRow1, Shape::kStride1>(first, images.width);
+    first_rows<Numbers, kMasks>(bank, head, images, kRows * v, shared, job.masks);
     __syncthreads();
 
     {
       const Share share(head.taps1, head.first.n_tiles * 4, Numbers::kColumns, width1);
       if (share.any) {
         const Pair* taps = taps_at(bank, head.taps1, Pair()) + share.pair;
-        const int stride = l.first_stride / 2;
-        const Pair* row = reinterpret_cast<const Pair*>(shared) + 2 * share.column * stride + share.pair;
+        const Pair* row = first + 2 * share.column * Shape::kStride1 + share.pair;
 #pragma unroll 1
         for (int r = 0; r < kRows; r += 2) {
           if (kRows * v + r < height && share.live) {
-            sums1.template add<false>(row + r * l.first_width * stride, stride, taps, head.taps1.pairs);
-            sums1.template add<true>(row + (r + 1) * l.first_width * stride, stride, taps, head.taps1.pairs);
+            sums1.template add<false, Shape::kStride1, kMaxPairs1>(row + r * Shape::kRow1 * Shape::kStride1, taps);
+            sums1.template add<true, Shape::kStride1, kMaxPairs1>(row + (r + 1) * Shape::kRow1 * Shape::kStride1, taps);
           }
-          hand_over(sums1, share, width1, r / 2 * width1, reinterpret_cast<__half*>(shared + l.operand1),
-                    l.operand1_stride, l.operand1_plane);
+          hand_over<Shape::kOperandStride1, Shape::kOperandPlane1>(sums1, share, width1, r / 2 * width1, operand1);
           sums1.advance();
         }
       }
@@ -480,19 +471,15 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
     __syncthreads();
 
     const int row1 = kRows / 2 * v - 1;  // of the second map, the first that is complete now
-    Pair* second = reinterpret_cast<Pair*>(shared + l.second);
     if (row1 + kRows / 2 > 0 && row1 < height / 2) {
-      clear_margins(second, kRows / 2, l.second_width, width1, l.second_stride / 2);
-      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, 3>(
-          bank, head.mix1, reinterpret_cast<const __half*>(shared + l.operand1), l.operand1_stride, l.operand1_plane,
-          kRows / 2 * width1, [&](int pixel, int pair, float x, float y) {
+      clear_margins<kRows / 2, Shape::kRow2, Shape::kStride2>(second, width1);
+      mix<Numbers, Numbers::kExact ? 1 : kRows / 2, 3, Shape::kOperandStride1, Shape::kOperandPlane1>(
+          bank, head.mix1, operand1, kRows / 2 * width1, [&](int pixel, int pair, float x, float y) {
             const int line = pixel >= width1 ? 1 : 0, column = pixel - line * width1;
             const float2 b = bank.at<float2>(head.mix1_bias)[pair];
             const float u = relu(x + b.x), w = relu(y + b.y);
             const bool inside = pixel < kRows / 2 * width1;
-            if (inside) {
-              store_pair(second + (line * l.second_width + column + 1) * (l.second_stride / 2) + pair, u, w);
-            }
+            if (inside) store_pair(second + (line * Shape::kRow2 + column + 1) * Shape::kStride2 + pair, u, w);
             if (kMasks) {
               const int lane = thread_index() & 31;
               const std::uint32_t byte = mask_byte(u, w, lane);
@@ -510,45 +497,42 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
     {
       const Share share(head.taps2, head.mix1.n_tiles * 4, Numbers::kColumns, width2);
       const Pair* taps = taps_at(bank, head.taps2, Pair()) + share.pair;
-      const int stride = l.second_stride / 2;
-      const Pair* line = second + 2 * share.column * stride + share.pair;
-      if (Numbers::kParked) sums2.fetch(reinterpret_cast<const Pair*>(shared + l.parked));
+      const Pair* line = second + 2 * share.column * Shape::kStride2 + share.pair;
+      if (Numbers::kParked) sums2.fetch(parked);
 #pragma unroll 1
       for (int row = max(row1, 0); row < row1 + kRows / 2; ++row) {
-        const bool odd = row % 2 != 0;
-        if (share.live && row < height / 2) {
-          sums2.add_row(odd, line + (row - row1) * l.second_width * stride, stride, taps, head.taps2.pairs);
-        }
+        const Pair* from = line + (row - row1) * Shape::kRow2 * Shape::kStride2;
+        const bool odd = row % 2 != 0, there = share.live && row < height / 2;
+        if (there && odd) sums2.template add<true, Shape::kStride2, kMaxPairs2>(from, taps);
+        if (there && !odd) sums2.template add<false, Shape::kStride2, kMaxPairs2>(from, taps);
         if (!odd) continue;
         const int row2 = (row - 3) / 2;
         if (row >= 3 && row2 >= job.begin && row2 < job.end) {
           complete = row2;
           if (share.any) {
-            hand_over(sums2, share, width2, 0, reinterpret_cast<__half*>(shared + l.operand2), l.operand2_stride,
-                      l.operand2_plane);
+            hand_over<Shape::kOperandStride2, Shape::kOperandPlane2>(sums2, share, width2, 0, operand2);
           }
         }
         sums2.advance();
       }
-      if (Numbers::kParked) sums2.park(reinterpret_cast<Pair*>(shared + l.parked));
+      if (Numbers::kParked) sums2.park(parked);
     }
     if (v < (4 * job.end + 4) / kRows) {
-      fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * (v + 1), l,
-                          reinterpret_cast<std::uint32_t*>(shared + l.operand1));
+      fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * (v + 1), shared);
     }
     __syncthreads();
 
     if (complete >= 0) {
       const int channels = head.channels2;
       float* to = job.map + complete * width2 * channels;
-      mix<Numbers, 1, 1>(bank, head.mix2, reinterpret_cast<const __half*>(shared + l.operand2), l.operand2_stride,
-                         l.operand2_plane, width2, [&](int pixel, int pair, float x, float y) {
-                           if (pixel >= width2) return;
-                           const float2 b = bank.at<float2>(head.mix2_bias)[pair];
-                           float* here = to + pixel * channels + 2 * pair;
-                           if (2 * pair < channels) here[0] = relu(x + b.x);
-                           if (2 * pair + 1 < channels) here[1] = relu(y + b.y);
-                         });
+      mix<Numbers, 1, 1, Shape::kOperandStride2, Shape::kOperandPlane2>(
+          bank, head.mix2, operand2, width2, [&](int pixel, int pair, float x, float y) {
+            if (pixel >= width2) return;
+            const float2 b = bank.at<float2>(head.mix2_bias)[pair];
+            float* here = to + pixel * channels + 2 * pair;
+            if (2 * pair < channels) here[0] = relu(x + b.x);
+            if (2 * pair + 1 < channels) here[1] = relu(y + b.y);
+          });
       __syncthreads();
     }
   }

@@ -11,43 +11,28 @@
 
 namespace cortexloop::cuda {
 
-struct BackLayout {
-  std::int32_t operand1_stride, operand1_plane;  // the gradient of two rows of the second map; halves
-  std::int32_t operand0_stride, operand0_plane;  // of two rows of the first map
-  std::int32_t row_pixels;                       // of the first map, with those that fill the last tile
-  std::int32_t ring2_width, ring1_width;         // pixels per row, with margins of zeros
-  std::int32_t columns;                   // start of the products of two image rows [2, row_pixels, kColumnStride]
-  std::int32_t bytes;                     // of all this; operands start at 0
-  std::int32_t ring2_bytes, ring1_bytes;  // 3 rows, 4 rows
+// Where things lie in shared memory, as HeadShape. Operands, of two rows of the first or of the second map, start at 0.
+struct BackShape {
+  static constexpr int kColumns = Exact::kColumns, kWidth1 = kMaxWidth / 2, kWidth2 = kMaxWidth / 4;
+  static constexpr int kOperandStride1 = 2 * kMaxPairs1 + 8, kOperandStride2 = 2 * kMaxPairs2 + 8;  // halves
+  static constexpr int kOperandPlane1 = 2 * kMaxWidth * kOperandStride1;
+  static constexpr int kOperandPlane2 = 2 * kWidth1 * kOperandStride2;
+  static_assert(2 * kWidth1 % 16 == 0 && kMaxWidth % 16 == 0, "whole tiles of pixels");
+
+  // Products of two image rows: 16 numbers per pixel, apart so that pixels fall into different banks.
+  static constexpr int kProductStride = 17;
+  static constexpr int kProducts = 4 * (kOperandPlane1 > kOperandPlane2 ? kOperandPlane1 : kOperandPlane2);
+  static constexpr int kBytes = kProducts + 2 * kMaxWidth * kProductStride * 4;
+
+  static_assert(kBytes <= kSharedOfEveryDevice, "every supported device runs heads backwards");
+  static_assert(2 * (kMaxWidth / 16) <= Exact::kThreads / 32, "two warps for each tile of 16 pixels");
+
+  // Rings of rows with margins of zeros: 3 rows of the gradient of what feeds mix2, 4 of what feeds mix1.
+  static constexpr int kRow1 = kColumns * ceil_div(kWidth1, kColumns) + 2;
+  static constexpr int kRow2 = kColumns * ceil_div(kWidth2, kColumns) + 2;
+  static constexpr int kRing1 = 4 * kRow1 * kMaxPairs1, kRing2 = 3 * kRow2 * kMaxPairs2;  // pairs
+  static constexpr int kRingBytes = 8 * (kRing1 + kRing2);
 };
-
-constexpr int kColumnStride = 17;  // 16 numbers per pixel, apart so that pixels fall into different banks
-
-__host__ __device__ inline BackLayout back_layout(const HeadRecord& head, int width) {
-  const int width1 = width / 2, width2 = width / 4;
-  BackLayout l;
-  l.operand1_stride = 16 * head.mix2.k_tiles + 8;
-  l.operand1_plane = ceil_div(2 * width1, 16) * 16 * l.operand1_stride;
-  l.operand0_stride = 16 * head.mix1.k_tiles + 8;
-  l.row_pixels = ceil_div(width, 16) * 16;
-  l.operand0_plane = 2 * l.row_pixels * l.operand0_stride;
-  l.ring2_width = Exact::kColumns * ceil_div(width2, Exact::kColumns) + 2;
-  l.ring1_width = Exact::kColumns * ceil_div(width1, Exact::kColumns) + 2;
-  const auto lines = [](int bytes) { return ceil_div(bytes, 128) * 128; };
-  const int larger = l.operand1_plane > l.operand0_plane ? l.operand1_plane : l.operand0_plane;
-  l.columns = lines(2 * larger * 2);
-  l.bytes = l.columns + lines(2 * l.row_pixels * kColumnStride * 4);
-  l.ring2_bytes = lines(3 * l.ring2_width * head.taps2.pairs * 8);
-  l.ring1_bytes = lines(4 * l.ring1_width * head.taps1.pairs * 8);
-  return l;
-}
-
-// Whether a block covers the rows of these maps: each depthwise layer by its threads, tiles of 16 pixels by two warps.
-inline bool fits_gradient(const HeadRecord& head, int width, int shared_bytes) {
-  return ceil_div(width / 2, Exact::kColumns) * head.taps1.pairs <= Exact::kThreads &&
-         ceil_div(width / 4, Exact::kColumns) * head.taps2.pairs <= Exact::kThreads &&
-         2 * ceil_div(width, 16) <= Exact::kThreads / 32 && back_layout(head, width).bytes <= shared_bytes;
-}
 
 // What one call of head_backward does. The gradient of the third map [height / 4, width / 4, channels2] is masked
 // already. `grad` gets [height, width, 3] with these strides.
@@ -64,9 +49,9 @@ struct BackJob {
 // Rows 2m and 2m + 1 of the input of a depthwise layer of stride 2, from rows m - 1, m, m + 1 of its output. `rows` points
 // at the thread's pair of channels one column left of its first one, `there` tells rows from absent ones; `emit(line, x,
 // value)` gets two columns for each of the thread's.
-template <class Emit>
-__device__ __forceinline__ void gather(const float2* const (&rows)[3], const bool (&there)[3], int stride,
-                                       const float2* taps, int pairs, int column, const Emit& emit) {
+template <int kPairs, class Emit>
+__device__ __forceinline__ void gather(const float2* const (&rows)[3], const bool (&there)[3], const float2* taps,
+                                       int column, const Emit& emit) {
   // One line after the other: the taps of both would not fit in registers beside the window.
 #pragma unroll
   for (int line = 0; line < 2; ++line) {
@@ -74,7 +59,7 @@ __device__ __forceinline__ void gather(const float2* const (&rows)[3], const boo
 #pragma unroll
     for (int i = 1 - line; i < 5; i += 2) {
 #pragma unroll
-      for (int j = 0; j < 5; ++j) tap[i / 2][j] = taps[(i * 5 + j) * pairs];
+      for (int j = 0; j < 5; ++j) tap[i / 2][j] = taps[(i * 5 + j) * kPairs];
     }
     float2 window[3][3];  // output row, output column
 #pragma unroll
@@ -82,7 +67,7 @@ __device__ __forceinline__ void gather(const float2* const (&rows)[3], const boo
 #pragma unroll
       for (int c = 1; c < 3; ++c) {
         if (there[r]) {
-          window[r][c] = rows[r][(c - 1) * stride];
+          window[r][c] = rows[r][(c - 1) * kPairs];
         } else {
           set_zero(window[r][c]);
         }
@@ -94,7 +79,7 @@ __device__ __forceinline__ void gather(const float2* const (&rows)[3], const boo
       for (int r = 0; r < 2 + line; ++r) {
         window[r][0] = window[r][1];
         window[r][1] = window[r][2];
-        if (there[r]) window[r][2] = rows[r][(u + 2) * stride];
+        if (there[r]) window[r][2] = rows[r][(u + 2) * kPairs];
       }
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
@@ -139,17 +124,17 @@ struct ImageSums {
     }
   }
 
-  __device__ __forceinline__ void add(const BankRef& bank, const MatrixRecord& matrix, const __half* operand,
-                                      const BackLayout& l, int m, int half, int lane) {
+  __device__ __forceinline__ void add(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int m,
+                                      int half, int lane) {
 #pragma unroll 1
     for (int k = 0; k < matrix.k_tiles; ++k) {
       std::uint32_t a[2][2][4];  // row, plane
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const __half* from =
-            operand + (r * l.row_pixels + m * 16 + (lane & 15)) * l.operand0_stride + k * 16 + (lane >> 4) * 8;
+            operand + (r * kMaxWidth + m * 16 + (lane & 15)) * BackShape::kOperandStride1 + k * 16 + (lane >> 4) * 8;
 #pragma unroll
-        for (int p = 0; p < 2; ++p) ldmatrix_x4(a[r][p], from + p * l.operand0_plane);
+        for (int p = 0; p < 2; ++p) ldmatrix_x4(a[r][p], from + p * BackShape::kOperandPlane1);
       }
 #pragma unroll
       for (int dy = 0; dy < kFirstKernel; ++dy) {
@@ -169,15 +154,13 @@ struct ImageSums {
 // Ends with a barrier.
 __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRecord& model, const ImagesRef& images,
                                               unsigned char* shared, const BackJob& job) {
-  __shared__ BackLayout l;
+  using Shape = BackShape;
   const HeadRecord& head = model.head;
   const int height = images.height, width = images.width;
   const int height1 = height / 2, width1 = width / 2, height2 = height / 4, width2 = width / 4;
-  if (threadIdx.x == 0) l = back_layout(head, width);
-  __syncthreads();
   __half* operand = reinterpret_cast<__half*>(shared);
-  for (int i = thread_index(); i < 3 * l.ring2_width * head.taps2.pairs; i += Exact::kThreads) set_zero(job.ring2[i]);
-  for (int i = thread_index(); i < 4 * l.ring1_width * head.taps1.pairs; i += Exact::kThreads) set_zero(job.ring1[i]);
+  for (int i = thread_index(); i < Shape::kRing2; i += Exact::kThreads) set_zero(job.ring2[i]);
+  for (int i = thread_index(); i < Shape::kRing1; i += Exact::kThreads) set_zero(job.ring1[i]);
   __syncthreads();
 
   // Row q of the third map, through its pointwise layer.
@@ -188,8 +171,9 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
       const int x = i / pairs, pair = i - x * pairs;
       const float* from = job.grad2 + (q * width2 + x) * head.channels2;
       float2 sum = make_float2(0.0f, 0.0f);
-      for (int o = 0; o < head.channels2; ++o) fused_add(sum, make_float2(from[o], from[o]), weights[o * pairs + pair]);
-      job.ring2[(q % 3 * l.ring2_width + x + 1) * pairs + pair] = sum;
+      for (int o = 0; o < head.channels2; ++o)
+        fused_add(sum, make_float2(from[o], from[o]), weights[o * kMaxPairs2 + pair]);
+      job.ring2[(q % 3 * Shape::kRow2 + x + 1) * kMaxPairs2 + pair] = sum;
     }
   };
   // Two image rows from the sums' first two.
@@ -201,26 +185,26 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
     const float unscale = 1.0f / job.scale0;
     const int column = (warp & 1) * 8 + 2 * (lane & 3);
     const float2 scale = bank.at<float2>(head.first_back.scale)[column / 2];
-    float* to = reinterpret_cast<float*>(shared + l.columns);
+    float* to = reinterpret_cast<float*>(shared + Shape::kProducts);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* at = to + (r * l.row_pixels + (warp >> 1) * 16 + (lane >> 2)) * kColumnStride + column;
+      float* at = to + (r * kMaxWidth + (warp >> 1) * 16 + (lane >> 2)) * Shape::kProductStride + column;
       at[0] = sums.value[r][0] * scale.x * unscale;
       at[1] = sums.value[r][1] * scale.y * unscale;
-      at[8 * kColumnStride] = sums.value[r][2] * scale.x * unscale;
-      at[8 * kColumnStride + 1] = sums.value[r][3] * scale.y * unscale;
+      at[8 * Shape::kProductStride] = sums.value[r][2] * scale.x * unscale;
+      at[8 * Shape::kProductStride + 1] = sums.value[r][3] * scale.y * unscale;
     }
   };
   const auto put_together = [&](int y) {
     if (y < 0) return;
-    const float* from = reinterpret_cast<const float*>(shared + l.columns);
+    const float* from = reinterpret_cast<const float*>(shared + Shape::kProducts);
     for (int i = thread_index(); i < 2 * 3 * width; i += Exact::kThreads) {
       const int pixel = i / 3, c = i - 3 * pixel, r = pixel >= width ? 1 : 0, x = pixel - r * width;
       float sum = 0.0f;
 #pragma unroll
       for (int dx = 0; dx < kFirstKernel; ++dx) {
         const int at = x - dx + 2;
-        if (at >= 0 && at < width) sum += from[(r * l.row_pixels + at) * kColumnStride + 3 * dx + c];
+        if (at >= 0 && at < width) sum += from[(r * kMaxWidth + at) * Shape::kProductStride + 3 * dx + c];
       }
       job.grad[(y + r) * job.stride_y + x * job.stride_x + c * job.stride_c] = sum;
     }
@@ -242,27 +226,27 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
           for (int r = 0; r < 3; ++r) {
             const int q = e - 1 + r;
             there[r] = share.live && q >= 0 && q < height2;
-            rows[r] = job.ring2 + ((q + 3) % 3 * l.ring2_width + share.column) * taps.pairs + share.pair;
+            rows[r] = job.ring2 + ((q + 3) % 3 * Shape::kRow2 + share.column) * kMaxPairs2 + share.pair;
           }
-          gather(rows, there, taps.pairs, bank.at<float2>(taps.floats) + share.pair, taps.pairs, share.column,
-                 [&](int line, int x, float2 value) {
-                   if (x >= width1) return;
-                   const std::uint8_t* mask = job.masks.second + ((2 * e + line) * width1 + x) * head.mix1.n_tiles;
-                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale1);
-                   store_operand(operand + (line * width1 + x) * l.operand1_stride + 2 * share.pair, l.operand1_plane,
-                                 value);
-                 });
+          gather<kMaxPairs2>(
+              rows, there, bank.at<float2>(taps.floats) + share.pair, share.column, [&](int line, int x, float2 value) {
+                if (x >= width1) return;
+                const std::uint8_t* mask = job.masks.second + ((2 * e + line) * width1 + x) * head.mix1.n_tiles;
+                if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale1);
+                store_operand(operand + (line * width1 + x) * Shape::kOperandStride2 + 2 * share.pair,
+                              Shape::kOperandPlane2, value);
+              });
         }
       }
       __syncthreads();
       const float unscale = 1.0f / job.scale1;
-      mix<Exact, 1, 3>(bank, head.mix1_back, operand, l.operand1_stride, l.operand1_plane, 2 * width1,
-                       [&](int pixel, int pair, float x, float y) {
-                         if (pixel >= 2 * width1) return;
-                         const int line = pixel >= width1 ? 1 : 0, row = 2 * e + line;
-                         job.ring1[(row % 4 * l.ring1_width + pixel - line * width1 + 1) * head.taps1.pairs + pair] =
-                             make_float2(x * unscale, y * unscale);
-                       });
+      mix<Exact, 1, 3, Shape::kOperandStride2, Shape::kOperandPlane2>(
+          bank, head.mix1_back, operand, 2 * width1, [&](int pixel, int pair, float x, float y) {
+            if (pixel >= 2 * width1) return;
+            const int line = pixel >= width1 ? 1 : 0, row = 2 * e + line;
+            job.ring1[(row % 4 * Shape::kRow1 + pixel - line * width1 + 1) * kMaxPairs1 + pair] =
+                make_float2(x * unscale, y * unscale);
+          });
       __syncthreads();
     }
     // Two more rows of the second map complete two pairs of rows of the first one; its last pair waits for the row behind.
@@ -280,22 +264,22 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
           for (int r = 0; r < 3; ++r) {
             const int q = m - 1 + r;
             there[r] = share.live && q >= 0 && q < height1;
-            rows[r] = job.ring1 + ((q + 4) % 4 * l.ring1_width + share.column) * taps.pairs + share.pair;
+            rows[r] = job.ring1 + ((q + 4) % 4 * Shape::kRow1 + share.column) * kMaxPairs1 + share.pair;
           }
-          gather(rows, there, taps.pairs, bank.at<float2>(taps.floats) + share.pair, taps.pairs, share.column,
-                 [&](int line, int x, float2 value) {
-                   if (x >= width) return;
-                   const std::uint8_t* mask = job.masks.first + ((2 * m + line) * width + x) * head.first.n_tiles;
-                   if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale0);
-                   store_operand(operand + (line * l.row_pixels + x) * l.operand0_stride + 2 * share.pair,
-                                 l.operand0_plane, value);
-                 });
+          gather<kMaxPairs1>(
+              rows, there, bank.at<float2>(taps.floats) + share.pair, share.column, [&](int line, int x, float2 value) {
+                if (x >= width) return;
+                const std::uint8_t* mask = job.masks.first + ((2 * m + line) * width + x) * head.first.n_tiles;
+                if (share.live) value = masked(value, mask, share.pair, taps.unscale * job.scale0);
+                store_operand(operand + (line * kMaxWidth + x) * Shape::kOperandStride1 + 2 * share.pair,
+                              Shape::kOperandPlane1, value);
+              });
         }
       }
       __syncthreads();
       const int thread = thread_index(), warp = thread >> 5;
       if (warp < 2 * ceil_div(width, 16)) {
-        sums.add(bank, head.first_back, operand, l, warp >> 1, warp & 1, thread & 31);
+        sums.add(bank, head.first_back, operand, warp >> 1, warp & 1, thread & 31);
       }
       lay_out();
       sums.advance();

@@ -14,7 +14,6 @@
 namespace cortexloop::cuda {
 namespace {
 
-constexpr int kSharedOfEveryDevice = 96 * 1024;    // 99 KB on the smallest, less what kernels declare themselves
 constexpr double kLargestExactLevel = 2048 - 255;  // levels minus the rounded mean are exact as halves
 constexpr std::int64_t kLargestMap = 1 << 30;      // numbers; positions in a map are 32-bit
 constexpr int kWeightBound = 8;                    // scaled weights stay below 2^8
@@ -132,9 +131,9 @@ std::int64_t add_outputs(Bytes& bytes, const MatrixRecord& matrix, const std::ve
 }
 
 // taps: [25][channels]
-TapsRecord add_taps(Bytes& bytes, const Matrix& taps, int pairs, double scale) {
+TapsRecord add_taps(Bytes& bytes, const Matrix& taps, int used, int pairs, double scale) {
   TapsRecord record;
-  record.pairs = pairs;
+  record.pairs = used;
   record.unscale = static_cast<float>(1.0 / scale);
   std::vector<float> floats(static_cast<std::size_t>(taps.rows * pairs) * 2, 0.0f);
   for (int tap = 0; tap < taps.rows; ++tap) {
@@ -204,18 +203,12 @@ bool published_form(const ModelView& model, const float* mean) {
     if (layer.kernel != kFirstKernel || layer.stride != (l == 0 ? 1 : 2)) return false;
   }
   const LayerView& first = model.layers[0];
-  if (first.in_h % 4 != 0 || first.in_w % 4 != 0) return false;  // paddings of 2, 1 and 1 before
+  if (first.in_h % 4 != 0 || first.in_w % 4 != 0 || first.in_w > kMaxWidth)
+    return false;  // paddings of 2, 1 and 1 before
   for (int c = 0; c < 3; ++c) {
     if (!(std::fabs(std::rint(mean[c])) <= kLargestExactLevel)) return false;
   }
   return true;
-}
-
-template <class Numbers>
-bool fits_block(const HeadRecord& head, int width) {
-  const int groups1 = ceil_div(width / 2, Numbers::kColumns), groups2 = ceil_div(width / 4, Numbers::kColumns);
-  return groups1 * head.taps1.pairs <= Numbers::kThreads && groups2 * head.taps2.pairs <= Numbers::kThreads &&
-         head_layout<Numbers>(head, width).bytes <= kSharedOfEveryDevice;
 }
 
 // False if this model has no head after all.
@@ -230,8 +223,7 @@ bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecor
   head->mix2.k_tiles = ceil_div(second.out_c, 16);
   head->taps1.pairs = 8 * head->mix1.k_tiles;
   head->taps2.pairs = 8 * head->mix2.k_tiles;
-  if (!fits_block<Fast>(*head, first.in_w) || !fits_block<Exact>(*head, first.in_w)) return false;
-  if (!fits_gradient(*head, first.in_w, kSharedOfEveryDevice)) return false;
+  if (head->taps1.pairs > kMaxPairs1 || head->taps2.pairs > kMaxPairs2) return false;
 
   Matrix kernel(80, first.out_c), kernel_back(first.out_c, 80);
   std::vector<double> bias0 = bias_of(first), bias0_u8 = bias0;
@@ -268,18 +260,18 @@ bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecor
   head->first = add_matrix(bytes, kernel, 1.0, scale0);
   head->first_u8 = add_outputs(bytes, head->first, bias0_u8, scale0);
   head->first_f32 = add_outputs(bytes, head->first, bias0, scale0);
-  head->taps1 = add_taps(bytes, taps1, head->taps1.pairs, scale_between1 / scale0);
+  head->taps1 = add_taps(bytes, taps1, head->taps1.pairs, kMaxPairs1, scale_between1 / scale0);
   head->mix1 = add_matrix(bytes, mixing1, scale_between1, scale1);
   head->mix1_bias = add_padded(bytes, bias_of(second), head->mix1.n_tiles * 8, scale1);
-  head->taps2 = add_taps(bytes, taps2, head->taps2.pairs, scale_between2 / scale1);
+  head->taps2 = add_taps(bytes, taps2, head->taps2.pairs, kMaxPairs2, scale_between2 / scale1);
   head->mix2 = add_matrix(bytes, mixing2, scale_between2, 1.0);
   head->mix2_bias = add_padded(bytes, bias_of(third), head->mix2.n_tiles * 8, 1.0);
   head->mix1_back = add_matrix(bytes, transposed(mixing1), 1.0, 1.0);
   head->first_back = add_matrix(bytes, kernel_back, 1.0, 1.0, true);
-  std::vector<float> back(static_cast<std::size_t>(third.out_c * 2 * head->taps2.pairs), 0.0f);
+  std::vector<float> back(static_cast<std::size_t>(third.out_c * 2 * kMaxPairs2), 0.0f);
   for (int o = 0; o < third.out_c; ++o) {
     for (int c = 0; c < second.out_c; ++c) {
-      back[static_cast<std::size_t>(o * 2 * head->taps2.pairs + c)] = static_cast<float>(mixing2.at(c, o));
+      back[static_cast<std::size_t>(o * 2 * kMaxPairs2 + c)] = static_cast<float>(mixing2.at(c, o));
     }
   }
   head->mix2_back = bytes.add(back);

@@ -21,6 +21,11 @@ namespace cortexloop::cuda {
 
 constexpr float kLargestPixel = 4096;  // recentred pixels lie within 156; leaves room for images of any other kind
 constexpr int kHalfBound = 15;         // scaled maps stay below 2^15; halves reach 65504
+// What a head may be at most. Everything in shared memory has the place and the strides that this takes, whatever the
+// model, so that addresses in the inner loops are constants; published models come close to it.
+constexpr int kMaxWidth = 112;
+constexpr int kMaxPairs1 = 32, kMaxPairs2 = 64;  // pairs of channels of the first and the second map
+
 constexpr int kFirstKernel = 5;
 
 // One layer. Maps are [height, width, channels] without padding.
@@ -40,7 +45,8 @@ struct MatrixRecord {
   std::int64_t scale;  // [n_tiles * 8]: what a sum of products is multiplied by
 };
 
-// Depthwise taps [25, pairs] of pairs of channels, scaled; zeros behind the real channels.
+// Depthwise taps [25, kMaxPairs1 or kMaxPairs2] of pairs of channels, scaled; zeros behind the real channels. `pairs`:
+// whole tiles of the matrix product that follows.
 struct TapsRecord {
   std::int32_t pairs;
   std::int64_t halves;  // __half2

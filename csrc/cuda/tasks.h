@@ -112,7 +112,6 @@ __host__ __device__ inline GradientArea gradient_area(const ModelRecord& model) 
   const HeadRecord& head = model.head;
   const std::int64_t pixels = static_cast<std::int64_t>(model.height) * model.width;
   const std::int64_t map = aligned(4 * out_floats(model.layers[kAfterHead - 1]));
-  const BackLayout back = back_layout(head, model.width);
   GradientArea a;
   a.mask1 = 0;
   a.mask2 = aligned(pixels * head.first.n_tiles);
@@ -120,7 +119,7 @@ __host__ __device__ inline GradientArea gradient_area(const ModelRecord& model) 
   a.rest = a.map + map;
   a.grad2 = a.rest + aligned(4 * rest_layout(model, kAfterHead).gradient_floats);
   a.rings = a.grad2 + map;
-  a.bytes = a.rings + back.ring2_bytes + back.ring1_bytes;
+  a.bytes = a.rings + BackShape::kRingBytes;
   return a;
 }
 
