@@ -21,8 +21,9 @@ ISAS = _native.isas() if NO_KERNELS is None else ["any"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rehearse-gpu",
-        action="store_true",
-        help="run tests/gpu on the CPU with a stand-in for the CUDA kernels, to find mistakes in those tests",
+        choices=("stand-in", "emulated"),
+        help="run tests/gpu on the CPU: with a stand-in for the compiled kernels, to find mistakes in those tests, "
+        "or with the kernels' own source, emulated as in tests/cuda (minutes)",
     )
 
 

@@ -1,20 +1,37 @@
 """Tests that need a GPU; without one they are skipped, with the reason.
 
-`--rehearse-gpu` runs them on the CPU with a stand-in for the compiled kernels: what they find is mistakes in the tests.
+`--rehearse-gpu=stand-in` runs them on the CPU with a stand-in for the compiled kernels: what they find then is mistakes
+in the tests. `--rehearse-gpu=emulated` does so with the kernels' own source, emulated as in tests/cuda.
 """
 
 from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import cortexloop as cl
+from cortexloop import _native
 
 
 @pytest.fixture(scope="session")
 def rehearsal(request: pytest.FixtureRequest) -> bool:
     """Whether the CPU plays the GPU."""
     return bool(request.config.getoption("--rehearse-gpu"))
+
+
+@pytest.fixture(scope="session")
+def emulated(request: pytest.FixtureRequest) -> ModuleType:
+    """The module `_cuda` that runs on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "cuda"))
+        emulated_build = importlib.import_module("emulated_build")
+    folder = request.config.cache.mkdir("emulated_cuda")
+    module: ModuleType = emulated_build.load_module(emulated_build.build_module(folder))
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +61,19 @@ def second_device(real_gpu: torch.device) -> torch.device:
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def gpu_engine(request: pytest.FixtureRequest, rehearsal: bool, device: torch.device) -> str:
+def gpu_engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rehearsal: bool, device: torch.device
+) -> str:
     """Each backend with kernels for a GPU."""
     name: str = request.param
-    if rehearsal:
-        if name != "cuda":
-            pytest.skip("the rehearsal has a stand-in for the CUDA kernels only")
+    if rehearsal and name != "cuda":
+        pytest.skip("the rehearsal is about the CUDA kernels only")
+    if request.config.getoption("--rehearse-gpu") == "stand-in":
         request.getfixturevalue("fake_cuda")
+    elif rehearsal:
+        module = request.getfixturevalue("emulated")
+        monkeypatch.setattr(_native, "cuda", lambda: module)
+        monkeypatch.setattr(_native, "cuda_unavailable", lambda: None)
     reason = cl.explain(device=device, backend=name).reason(name)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
