@@ -37,6 +37,12 @@ cuda::Place place(std::uintptr_t packed, std::uintptr_t workspace, std::int64_t 
   return {pointer<const void>(packed), pointer<void>(workspace), workspace_bytes, device, pointer<void>(stream)};
 }
 
+// A bank of which only the table is read.
+BankView table_alone(std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride) {
+  constexpr std::int64_t kAnySize = std::int64_t{1} << 60;
+  return {nullptr, kAnySize, pointer<const std::int64_t>(table), n_models, table_stride};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -62,6 +68,19 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       py::arg("index"));
   m.def("device_unsupported", &cuda::device_unsupported, py::arg("index"));
 
+  m.def(
+      "bank_unsupported",
+      [](std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride) {
+        return cuda::bank_unsupported(table_alone(table, n_models, table_stride));
+      },
+      py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"));
+  m.def(
+      "bank_note",
+      [](std::uintptr_t table, std::int64_t n_models, std::int64_t table_stride) {
+        return cuda::bank_note(table_alone(table, n_models, table_stride));
+      },
+      py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"));
+
   py::class_<cuda::Bank>(m, "Bank")
       .def(py::init([](std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
                        std::int64_t table_stride) {
@@ -73,8 +92,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
            }),
            py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
            py::arg("table_stride"))
-      .def("unsupported", &cuda::Bank::unsupported, py::arg("device"))
-      .def("note", &cuda::Bank::note)
       .def("device_image",
            [](const cuda::Bank& bank) {
              return py::bytes(reinterpret_cast<const char*>(bank.packed().data()), bank.packed().size());

@@ -115,6 +115,19 @@ std::string device_unsupported(int index) {
          std::to_string(major) + "." + std::to_string(minor);
 }
 
+std::string bank_unsupported(const BankView& bank) {
+  int heads = 0;
+  return describe_bank(bank, &heads);
+}
+
+std::string bank_note(const BankView& bank) {
+  int heads = 0;
+  describe_bank(bank, &heads);
+  if (heads == bank.n_models) return "";
+  return std::to_string(bank.n_models - heads) + " of " + std::to_string(bank.n_models) +
+         " models are not of the published form and run one layer at a time, exactly and slowly";
+}
+
 struct Bank::State {
   PackedBank packed;
   std::mutex mutex;
@@ -171,7 +184,7 @@ struct Bank::State {
       const ModelRecord& model = packed.models[static_cast<std::size_t>(m)];
       const std::int64_t map_bytes = aligned(4 * out_floats(model.layers[kAfterHead - 1]));
       map = std::max(map, map_bytes);
-      rest = std::max(rest, aligned(4 * rest_layout(model, kAfterHead).floats));
+      rest = std::max(rest, aligned(4 * model.rest.floats));
     }
     // Room for the third map, as long as it costs no resident block.
     const int most = found.shared_block - static_cast<int>(kReserved);
@@ -194,8 +207,8 @@ struct Bank::State {
     plan->variant = Variant::plain;
     for (const std::int32_t m : packed.plains) {
       const ModelRecord& model = packed.models[static_cast<std::size_t>(m)];
-      const RestLayout rest = rest_layout(model, 1);
-      const std::int64_t floats = out_floats(model.layers[0]) + (gradient ? rest.gradient_floats : rest.floats);
+      const std::int64_t floats =
+          out_floats(model.layers[0]) + (gradient ? model.rest.gradient_floats : model.rest.floats);
       plan->area = std::max(plan->area, aligned(4 * floats));
     }
     int slots_found = 0;
@@ -336,15 +349,6 @@ Status Bank::make(const BankView& host, std::unique_ptr<Bank>* bank) {
   const Status status = pack_bank(host, &state->packed);
   if (status == Status::ok) bank->reset(new Bank(std::move(state)));
   return status;
-}
-
-std::string Bank::unsupported(int device) const { return device_unsupported(device); }
-
-std::string Bank::note() const {
-  const std::size_t plains = state_->packed.plains.size(), all = state_->packed.models.size();
-  if (plains == 0) return "";
-  return std::to_string(plains) + " of " + std::to_string(all) +
-         " models are not of the published form and run one layer at a time, exactly and slowly";
 }
 
 const std::vector<unsigned char>& Bank::packed() const { return state_->packed.bytes; }

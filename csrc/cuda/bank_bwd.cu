@@ -65,9 +65,9 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
     const ModelRecord& model = u.bank.model(unit.model);
     // `rest` takes the head's place if it leaves the map alone, else the area.
     const int map_bytes = static_cast<int>(aligned(4 * out_floats(model.layers[kAfterHead - 1])));
-    const bool fits = 4 * rest_layout(model, kAfterHead).gradient_floats <= u.shared_bytes - map_bytes;
+    const bool fits = 4 * model.rest.gradient_floats <= u.shared_bytes - map_bytes;
     float* rest = reinterpret_cast<float*>(fits ? shared : area_of(u, blockIdx.x) + gradient_area(model).rest);
-    const float* last = rest_forward(u.bank, model, kAfterHead, job.map, rest);
+    const float* last = rest_forward(u.bank, model, job.map, rest);
     const float response = read_out(u.bank, model, last, sums);
     if (threadIdx.x == 0 && task.responses != nullptr) task.responses[unit.out] = response;
     const float cotangent = task.cotangent[unit.out];
@@ -75,7 +75,7 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
       if (task.to_images != 0) write_zeros(u.images, target_of(task, unit));
       continue;
     }
-    const float* grad = rest_backward(u.bank, model, kAfterHead, job.map, rest, cotangent);
+    const float* grad = rest_backward(u.bank, model, job.map, rest, cotangent);
     float* kept = reinterpret_cast<float*>(area_of(u, blockIdx.x) + gradient_area(model).grad2);
     float largest = 0.0f;
     const int total = static_cast<int>(out_floats(model.layers[kAfterHead - 1]));
@@ -115,7 +115,7 @@ __global__ __launch_bounds__(kPlainThreads, 2) void bank_plain_bwd_kernel(Gradie
     float* first = reinterpret_cast<float*>(area_of(u, blockIdx.x));
     float* rest = first + out_floats(layer);
     full_forward(u.bank, layer, u.images, unit.image, u.bank.header().mean, first);
-    const float* last = rest_forward(u.bank, model, 1, first, rest);
+    const float* last = rest_forward(u.bank, model, first, rest);
     const float response = read_out(u.bank, model, last, sums);
     if (threadIdx.x == 0 && task.responses != nullptr) task.responses[unit.out] = response;
     const float cotangent = task.cotangent[unit.out];
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(kPlainThreads, 2) void bank_plain_bwd_kernel(Gradie
       if (task.to_images != 0) write_zeros(u.images, target);
       continue;
     }
-    const float* grad = rest_backward(u.bank, model, 1, first, rest, cotangent);
+    const float* grad = rest_backward(u.bank, model, first, rest, cotangent);
     full_backward(u.bank, layer, grad, [&](int y, int x, int c, float value) {
       target.grad[y * target.stride_y + x * target.stride_x + c * target.stride_c] = value;
     });

@@ -39,7 +39,7 @@ __global__ __launch_bounds__(Numbers::kThreads, Numbers::kBlocks) void bank_fwd_
 
     // The layers behind take the head's place in shared memory, or else the area behind the map.
     const std::int64_t map_floats = out_floats(model.layers[kAfterHead - 1]), map_bytes = aligned(4 * map_floats);
-    const std::int64_t rest_bytes = 4 * rest_layout(model, kAfterHead).floats;
+    const std::int64_t rest_bytes = 4 * model.rest.floats;
     unsigned char* area = area_of(u, task.bands > 1 ? unit.number : blockIdx.x) + map_bytes;
     const float* map = job.map;
     unsigned char* rest = rest_bytes <= HeadShape<Numbers>::kBytes ? shared : area;
@@ -58,7 +58,7 @@ __global__ __launch_bounds__(Numbers::kThreads, Numbers::kBlocks) void bank_fwd_
       map = whole;
       rest = reinterpret_cast<unsigned char*>(whole) + map_bytes;
     }
-    const float* last = rest_forward(u.bank, model, kAfterHead, map, reinterpret_cast<float*>(rest));
+    const float* last = rest_forward(u.bank, model, map, reinterpret_cast<float*>(rest));
     const float response = read_out(u.bank, model, last, sums);
     if (threadIdx.x == 0) task.responses[unit.out] = response;
   }
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kPlainThreads, 2) void bank_plain_fwd_kernel(Forwar
     const ModelRecord& model = u.bank.model(unit.model);
     float* first = reinterpret_cast<float*>(area_of(u, blockIdx.x));
     full_forward(u.bank, model.layers[0], u.images, unit.image, u.bank.header().mean, first);
-    const float* last = rest_forward(u.bank, model, 1, first, first + out_floats(model.layers[0]));
+    const float* last = rest_forward(u.bank, model, first, first + out_floats(model.layers[0]));
     const float response = read_out(u.bank, model, last, sums);
     if (threadIdx.x == 0) task.responses[unit.out] = response;
   }

@@ -43,29 +43,45 @@ __device__ inline void full_forward(const BankRef& bank, const LayerRecord& laye
   __syncthreads();
 }
 
-// Depthwise part of a separable layer: in -> between [out_h, out_w, in_c]. kSize 0 reads the kernel's size from the record.
+// Depthwise part of a separable layer: in -> between [out_h, out_w, in_c].
+//
+// kSize 0 reads kernel and stride from the record. Otherwise the stride is 1 and a thread keeps a window of its row.
 template <int kSize>
 __device__ inline void depthwise_forward(const BankRef& bank, const LayerRecord& layer, const float* in,
                                          float* between) {
   const float* taps = bank.at<float>(layer.spatial);
-  const int k = kSize != 0 ? kSize : layer.kernel, channels = layer.in_c, stride = layer.stride;
+  const int k = kSize != 0 ? kSize : layer.kernel, stride = kSize != 0 ? 1 : layer.stride, channels = layer.in_c;
   const int spans = (layer.out_w + kSpan - 1) / kSpan, total = layer.out_h * spans * channels;
   for (int i = static_cast<int>(threadIdx.x); i < total; i += static_cast<int>(blockDim.x)) {
     const int span = i / channels, c = i - span * channels;
     const int y = span / spans, x = (span - y * spans) * kSpan;
     const int top = y * stride - layer.pad_top, left = x * stride - layer.pad_left;
     float sum[kSpan] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int dy = max(0, -top); dy < min(k, layer.in_h - top); ++dy) {
+      const float* row = in + ((top + dy) * layer.in_w + left) * channels + c;
+      const float* tap = taps + dy * k * channels + c;
+      if constexpr (kSize != 0) {
+        float window[kSpan + kSize - 1];
 #pragma unroll
-    for (int dy = 0; dy < k; ++dy) {
-      if (top + dy < 0 || top + dy >= layer.in_h) continue;
-      const float* row = in + (top + dy) * layer.in_w * channels + c;
+        for (int j = 0; j < kSpan + kSize - 1; ++j) {
+          window[j] = left + j >= 0 && left + j < layer.in_w ? row[j * channels] : 0.0f;
+        }
 #pragma unroll
-      for (int dx = 0; dx < k; ++dx) {
-        const float tap = __ldg(taps + (dy * k + dx) * channels + c);
+        for (int dx = 0; dx < kSize; ++dx) {
+          const float weight = __ldg(tap + dx * channels);
 #pragma unroll
-        for (int u = 0; u < kSpan; ++u) {
-          const int column = left + u * stride + dx;
-          if (column >= 0 && column < layer.in_w) sum[u] = fmaf(row[column * channels], tap, sum[u]);
+          for (int u = 0; u < kSpan; ++u) sum[u] = fmaf(window[u + dx], weight, sum[u]);
+        }
+      } else {
+#pragma unroll 1
+        for (int dx = 0; dx < k; ++dx) {
+          const float weight = __ldg(tap + dx * channels);
+#pragma unroll
+          for (int u = 0; u < kSpan; ++u) {
+            const int j = u * stride + dx;
+            if (left + j >= 0 && left + j < layer.in_w) sum[u] = fmaf(row[j * channels], weight, sum[u]);
+          }
         }
       }
     }
@@ -127,43 +143,12 @@ __device__ inline float read_out(const BankRef& bank, const ModelRecord& model, 
   return block_reduce(sum, shared, [](float a, float b) { return a + b; }) + model.readout_bias;
 }
 
-// Where the maps of the layers from `begin` on lie: one behind the other, then what a layer needs in between.
-// `map(l)` is the output of layer l for l >= begin.
-struct RestLayout {
-  std::int64_t between, gradient, gradient_between, floats, gradient_floats;
-};
-
-__host__ __device__ inline RestLayout rest_layout(const ModelRecord& model, int begin) {
-  RestLayout r{0, 0, 0, 0, 0};
-  std::int64_t widest = 0, deepest = 0;
-  for (int l = begin; l < model.depth; ++l) {
-    r.between += out_floats(model.layers[l]);
-    const std::int64_t d = l == 0 ? 0 : depthwise_floats(model.layers[l]);
-    widest = d > widest ? d : widest;
-    const std::int64_t o = out_floats(model.layers[l]), i = in_floats(model.layers[l]);
-    deepest = o > deepest ? o : deepest;
-    deepest = i > deepest ? i : deepest;
-  }
-  if (begin >= model.depth) deepest = out_floats(model.layers[model.depth - 1]);
-  r.floats = r.between + widest;
-  r.gradient = r.floats;
-  r.gradient_floats = r.gradient + 2 * deepest;
-  r.gradient_between = r.gradient + deepest;
-  return r;
-}
-
-__device__ __forceinline__ float* rest_map(const ModelRecord& model, int begin, int layer, float* rest) {
-  for (int l = begin; l < layer; ++l) rest += out_floats(model.layers[l]);
-  return rest;
-}
-
-// Layers begin .. depth - 1; `in` is the map they start from. Returns the last map.
-__device__ inline const float* rest_forward(const BankRef& bank, const ModelRecord& model, int begin, const float* in,
+// The layers of `model.rest`; `in` is the map they start from. Returns the last map.
+__device__ inline const float* rest_forward(const BankRef& bank, const ModelRecord& model, const float* in,
                                             float* rest) {
-  float* between = rest + rest_layout(model, begin).between;
-  for (int l = begin; l < model.depth; ++l) {
-    float* out = rest_map(model, begin, l, rest);
-    separable_forward(bank, model.layers[l], in, between, out);
+  for (int l = model.rest.begin; l < model.depth; ++l) {
+    float* out = rest + model.layers[l].rest;
+    separable_forward(bank, model.layers[l], in, rest + model.rest.between, out);
     in = out;
   }
   return in;
@@ -245,18 +230,17 @@ __device__ inline void full_backward(const BankRef& bank, const LayerRecord& lay
   __syncthreads();
 }
 
-// Layers depth - 1 .. begin backwards, from the cotangent to the gradient of the map `in` that they start from. `rest` is
+// The layers of `model.rest` backwards, from the cotangent to the gradient of the map `in` that they start from. `rest` is
 // as rest_forward left it.
-__device__ inline const float* rest_backward(const BankRef& bank, const ModelRecord& model, int begin, const float* in,
+__device__ inline const float* rest_backward(const BankRef& bank, const ModelRecord& model, const float* in,
                                              float* rest, float cotangent) {
-  const RestLayout layout = rest_layout(model, begin);
-  float* grad = rest + layout.gradient;
-  float* other = rest + layout.gradient_between;
-  const float* last = model.depth > begin ? rest_map(model, begin, model.depth - 1, rest) : in;
-  read_out_backward(bank, model, last, cotangent, grad);
+  const int begin = model.rest.begin;
+  float* grad = rest + model.rest.gradients[0];
+  float* other = rest + model.rest.gradients[1];
+  read_out_backward(bank, model, model.depth > begin ? rest + model.layers[model.depth - 1].rest : in, cotangent, grad);
   for (int l = model.depth - 1; l >= begin; --l) {
-    const float* before = l > begin ? rest_map(model, begin, l - 1, rest) : in;
-    separable_backward(bank, model.layers[l], grad, before, rest + layout.between, other);
+    const float* before = l > begin ? rest + model.layers[l - 1].rest : in;
+    separable_backward(bank, model.layers[l], grad, before, rest + model.rest.between, other);
     float* swap = grad;
     grad = other;
     other = swap;

@@ -196,22 +196,20 @@ Matrix mixing_of(const LayerView& layer) {
 
 std::vector<double> bias_of(const LayerView& layer) { return {layer.bias, layer.bias + layer.out_c}; }
 
-bool published_form(const ModelView& model, const float* mean) {
-  if (model.depth < 3) return false;
-  for (int l = 0; l < 3; ++l) {
+// Whether layers, sizes and channels are those of a head.
+bool published_form(const ModelView& model) {
+  if (model.depth < kAfterHead) return false;
+  for (int l = 0; l < kAfterHead; ++l) {
     const LayerView& layer = model.layers[l];
     if (layer.kernel != kFirstKernel || layer.stride != (l == 0 ? 1 : 2)) return false;
   }
   const LayerView& first = model.layers[0];
-  if (first.in_h % 4 != 0 || first.in_w % 4 != 0 || first.in_w > kMaxWidth)
-    return false;  // paddings of 2, 1 and 1 before
-  for (int c = 0; c < 3; ++c) {
-    if (!(std::fabs(std::rint(mean[c])) <= kLargestExactLevel)) return false;
-  }
-  return true;
+  // Sizes of which every quarter is whole: paddings are then 2, 1 and 1 before.
+  return first.in_h % 4 == 0 && first.in_w % 4 == 0 && first.in_w <= kMaxWidth &&
+         ceil_div(first.out_c, 16) * 8 <= kMaxPairs1 && ceil_div(model.layers[1].out_c, 16) * 8 <= kMaxPairs2;
 }
 
-// False if this model has no head after all.
+// False if the image mean or the weights do not allow a head after all.
 bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecord* head) {
   const LayerView &first = model.layers[0], &second = model.layers[1], &third = model.layers[2];
   head->channels0 = first.out_c;
@@ -223,7 +221,9 @@ bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecor
   head->mix2.k_tiles = ceil_div(second.out_c, 16);
   head->taps1.pairs = 8 * head->mix1.k_tiles;
   head->taps2.pairs = 8 * head->mix2.k_tiles;
-  if (head->taps1.pairs > kMaxPairs1 || head->taps2.pairs > kMaxPairs2) return false;
+  for (int c = 0; c < 3; ++c) {
+    if (!(std::fabs(std::rint(mean[c])) <= kLargestExactLevel)) return false;
+  }
 
   Matrix kernel(80, first.out_c), kernel_back(first.out_c, 80);
   std::vector<double> bias0 = bias_of(first), bias0_u8 = bias0;
@@ -288,47 +288,83 @@ std::int64_t add_rows(Bytes& bytes, const float* from, std::int64_t rows, int wi
   return bytes.add(dense);
 }
 
-Status add_layer(Bytes& bytes, const LayerView& view, bool first, std::int64_t model, LayerRecord* record) {
-  *record = {view.kernel,
-             view.stride,
-             view.pad_top,
-             view.pad_left,
-             view.in_c,
-             view.in_h,
-             view.in_w,
-             view.out_c,
-             view.out_h,
-             view.out_w,
-             0,
-             0,
-             0};
-  if (std::max({in_floats(*record), out_floats(*record), depthwise_floats(*record)}) > kLargestMap) {
-    return fail(Status::invalid_argument,
-                "model %lld has a map of more than 2^30 numbers, which the kernels do not take",
-                static_cast<long long>(model));
-  }
+LayerRecord shape_of(const LayerView& view) {
+  LayerRecord record = {};
+  record.kernel = view.kernel;
+  record.stride = view.stride;
+  record.pad_top = view.pad_top;
+  record.pad_left = view.pad_left;
+  record.in_c = view.in_c;
+  record.in_h = view.in_h;
+  record.in_w = view.in_w;
+  record.out_c = view.out_c;
+  record.out_h = view.out_h;
+  record.out_w = view.out_w;
+  return record;
+}
+
+LayerRecord add_layer(Bytes& bytes, const LayerView& view, bool first) {
+  LayerRecord record = shape_of(view);
   const int taps = view.kernel * view.kernel;
-  record->bias = add_rows(bytes, view.bias, 1, view.out_c, view.out_p);
+  record.bias = add_rows(bytes, view.bias, 1, view.out_c, view.out_p);
   if (first) {
-    record->spatial = add_rows(bytes, view.spatial, taps * 3, view.out_c, view.out_p);
+    record.spatial = add_rows(bytes, view.spatial, taps * 3, view.out_c, view.out_p);
   } else {
-    record->spatial = add_rows(bytes, view.spatial, taps, view.in_c, view.in_p);
-    record->pointwise = add_rows(bytes, view.pointwise, view.in_c, view.out_c, view.out_p);
+    record.spatial = add_rows(bytes, view.spatial, taps, view.in_c, view.in_p);
+    record.pointwise = add_rows(bytes, view.pointwise, view.in_c, view.out_c, view.out_p);
   }
-  return Status::ok;
+  return record;
+}
+
+// Places the maps of layers begin .. depth - 1.
+void lay_out_rest(int begin, ModelRecord* model) {
+  RestRecord& rest = model->rest;
+  rest.begin = begin;
+  std::int64_t between = 0, map = out_floats(model->layers[model->depth - 1]);
+  for (int l = begin; l < model->depth; ++l) {
+    LayerRecord& layer = model->layers[l];
+    layer.rest = rest.between;
+    rest.between += out_floats(layer);
+    between = std::max(between, depthwise_floats(layer));
+    map = std::max({map, in_floats(layer), out_floats(layer)});
+  }
+  rest.floats = rest.between + between;
+  rest.gradients[0] = rest.floats;
+  rest.gradients[1] = rest.floats + map;
+  rest.gradient_floats = rest.floats + 2 * map;
 }
 
 }  // namespace
 
+std::string describe_bank(const BankView& host, int* heads) {
+  *heads = 0;
+  if (host.n_models < 1 || host.weights_size < 3) return "the bank is empty";
+  for (std::int64_t m = 0; m < host.n_models; ++m) {
+    ModelView view;
+    const std::string reason = resolve_model(host, m, &view);
+    if (!reason.empty()) return reason;
+    for (int l = 0; l < view.depth; ++l) {
+      const LayerRecord layer = shape_of(view.layers[l]);
+      if (std::max({in_floats(layer), out_floats(layer), depthwise_floats(layer)}) > kLargestMap) {
+        return "model " + std::to_string(m) +
+               " has a map of more than 2^30 numbers, which the CUDA kernels do not take";
+      }
+    }
+    if (published_form(view)) ++*heads;
+  }
+  return "";
+}
+
 Status pack_bank(const BankView& host, PackedBank* packed) {
-  if (host.n_models < 1 || host.weights_size < 3) return fail(Status::invalid_argument, "the bank is empty");
+  int heads = 0;
+  const std::string unsupported = describe_bank(host, &heads);
+  if (!unsupported.empty()) return fail(Status::invalid_argument, "%s", unsupported.c_str());
   packed->bytes.assign(sizeof(PackedHeader), 0);
   Bytes bytes(&packed->bytes);
   std::vector<std::int64_t> cost;
   for (std::int64_t m = 0; m < host.n_models; ++m) {
     ModelView view;
-    const std::string reason = resolve_model(host, m, &view);
-    if (!reason.empty()) return fail(Status::invalid_argument, "%s", reason.c_str());
+    resolve_model(host, m, &view);
     ModelRecord record = {};
     record.depth = view.depth;
     record.height = view.layers[0].in_h;
@@ -337,12 +373,10 @@ Status pack_bank(const BankView& host, PackedBank* packed) {
       return fail(Status::invalid_argument, "model %lld takes images of another size than model 0",
                   static_cast<long long>(m));
     }
-    const bool head = published_form(view, host.weights) && add_head(bytes, view, host.weights, &record.head);
+    const bool head = published_form(view) && add_head(bytes, view, host.weights, &record.head);
     record.has_head = head ? 1 : 0;
-    for (int l = 0; l < view.depth; ++l) {
-      const Status status = add_layer(bytes, view.layers[l], l == 0, m, &record.layers[l]);
-      if (status != Status::ok) return status;
-    }
+    for (int l = 0; l < view.depth; ++l) record.layers[l] = add_layer(bytes, view.layers[l], l == 0);
+    lay_out_rest(head ? kAfterHead : 1, &record);
     const LayerView& last = view.layers[view.depth - 1];
     record.readout =
         add_rows(bytes, view.readout, static_cast<std::int64_t>(last.out_h) * last.out_w, last.out_c, last.out_p);

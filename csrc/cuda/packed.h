@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cortexloop/bank.h"
@@ -27,6 +28,7 @@ constexpr int kMaxWidth = 112;
 constexpr int kMaxPairs1 = 32, kMaxPairs2 = 64;  // pairs of channels of the first and the second map
 
 constexpr int kFirstKernel = 5;
+constexpr int kAfterHead = 3;  // the first layer behind a head
 
 // One layer. Maps are [height, width, channels] without padding.
 struct LayerRecord {
@@ -35,6 +37,16 @@ struct LayerRecord {
   std::int64_t spatial;    // first layer [k, k, 3, out_c], others depthwise [k, k, in_c]
   std::int64_t pointwise;  // [in_c, out_c]; unused in the first layer
   std::int64_t bias;       // [out_c]
+  std::int64_t rest;       // where its output lies among the maps of RestRecord; floats
+};
+
+// The layers that run one at a time, from `begin` on (behind a head: 3; without one: 1), and how their maps share one
+// buffer: outputs one behind the other, then what a layer needs between its two parts, then, for a gradient, two more
+// maps. All in floats.
+struct RestRecord {
+  std::int32_t begin;
+  std::int64_t between, floats;                // start; size without gradients
+  std::int64_t gradients[2], gradient_floats;  // starts; size with gradients
 };
 
 // A matrix [K, N] as B fragments of mma_16816: [planes][n_tiles][k_tiles][32 lanes] of two registers. Plane 0 holds the
@@ -75,6 +87,7 @@ struct ModelRecord {
   std::int32_t height, width;
   LayerRecord layers[kMaxDepth];
   HeadRecord head;
+  RestRecord rest;
   std::int64_t readout;  // [last height, width, channels]
   float readout_bias;
 };
@@ -96,6 +109,9 @@ struct PackedBank {
 
   const PackedHeader& header() const { return *reinterpret_cast<const PackedHeader*>(bytes.data()); }
 };
+
+// "" if the kernels take this bank, otherwise one sentence; and how many of its models have a head. Reads only the table.
+std::string describe_bank(const BankView& host, int* heads);
 
 Status pack_bank(const BankView& host, PackedBank* packed);
 

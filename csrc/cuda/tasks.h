@@ -99,8 +99,6 @@ struct SumTask {
   std::int32_t n_models, heads, plains;
 };
 
-constexpr int kAfterHead = 3;  // the first layer behind a head
-
 // Where things lie in the area of a block of the gradient kernel, for a model with a head; bytes.
 struct GradientArea {
   std::int64_t mask1, mask2;  // of the first two maps
@@ -117,7 +115,7 @@ __host__ __device__ inline GradientArea gradient_area(const ModelRecord& model) 
   a.mask2 = aligned(pixels * head.first.n_tiles);
   a.map = a.mask2 + aligned(pixels / 4 * head.mix1.n_tiles);
   a.rest = a.map + map;
-  a.grad2 = a.rest + aligned(4 * rest_layout(model, kAfterHead).gradient_floats);
+  a.grad2 = a.rest + aligned(4 * model.rest.gradient_floats);
   a.rings = a.grad2 + map;
   a.bytes = a.rings + BackShape::kRingBytes;
   return a;

@@ -122,6 +122,11 @@ int device_count();         // 0 without a driver
 Status device(int index, Device* device);
 std::string device_unsupported(int index);  // "" or one sentence
 
+// "" if the kernels take this bank, otherwise one sentence why not; "" or one sentence on how its models run. Only the
+// table is read: `bank.weights` may be null.
+std::string bank_unsupported(const BankView& bank);
+std::string bank_note(const BankView& bank);
+
 // Where a call runs. `packed`: a copy of Bank::packed() in the memory of that device, aligned to 256 bytes.
 struct Place {
   const void* packed;
@@ -139,8 +144,6 @@ class Bank {
   static Status make(const BankView& host, std::unique_ptr<Bank>* bank);
   ~Bank();
 
-  std::string unsupported(int device) const;  // "" or one sentence
-  std::string note() const;                   // "" or one sentence on how the models run
   const std::vector<unsigned char>& packed() const;
 
   // Bytes of workspace that the calls need.
