@@ -210,10 +210,10 @@ def _separable_layer_kernel(
         d = tl.zeros((TILE_H * TILE_W, BLOCK), tl.float32)
         for i in range(K):
             row_inside = inside & (top + i >= 0) & (top + i < in_height)
+            taps = source + (((top + i) * in_width + left) * in_padded)[:, None] + c[None, :]
             for j in tl.static_range(K):
                 mask = row_inside & (left + j >= 0) & (left + j < in_width)
-                at = ((top + i) * in_width + left + j) * in_padded
-                value = tl.load(source + at[:, None] + c[None, :], mask=mask[:, None], other=0.0)
+                value = tl.load(taps + j * in_padded, mask=mask[:, None], other=0.0)
                 w = tl.load(spatial + (i * K + j) * in_padded + c)
                 d += value.to(tl.float32) * w[None, :]
         if FAST:
