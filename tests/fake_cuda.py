@@ -65,6 +65,12 @@ class FakeCuda:
     def device_unsupported(self, index: int) -> str:
         return self.too_old
 
+    def bank_unsupported(self, table_ptr: int, n_models: int, table_stride: int) -> str:
+        return self.bank_refused
+
+    def bank_note(self, table_ptr: int, n_models: int, table_stride: int) -> str:
+        return self.note
+
 
 class _Bank:
     def __init__(
@@ -77,12 +83,6 @@ class _Bank:
         header = np.array([weights_len, n_models, table_stride], np.int64)
         self.n = n_models
         self.data = header.tobytes() + table.numpy().tobytes() + weights.numpy().tobytes()
-
-    def unsupported(self, device: int) -> str:
-        return self.module.bank_refused
-
-    def note(self) -> str:
-        return self.module.note
 
     def device_image(self) -> bytes:
         self.module.count("device_image")

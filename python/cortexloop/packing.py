@@ -232,11 +232,6 @@ def pack(models: Sequence[CompactWeights]) -> tuple[NDArray[np.float32], NDArray
     return buffer.array(), table
 
 
-def buffer_size(table: NDArray[np.int64]) -> int:
-    """Length of the buffer that a table describes: the last section is the readout bias of its last model."""
-    return int(table[:, ModelField.READOUT_BIAS].max()) + LANES
-
-
 def layer_fields(row: Sequence[int] | NDArray[np.int64], layer: int) -> dict[LayerField, int]:
     """The fields of one layer of a table row."""
     start = len(ModelField) + layer * len(LayerField)

@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cortexloop import _device, _native
 from cortexloop._native import CPU, PRECISION_CODES, image_arguments, pointer, response_shape
-from cortexloop.packing import buffer_size
 
 if TYPE_CHECKING:
     from cortexloop import _cuda as cuda_module
@@ -122,21 +121,21 @@ def compiled_bank(weights: Tensor, table: Tensor) -> CompiledBank:
 
 
 @functools.lru_cache(maxsize=64)
-def _verdict(module: object, table: bytes, n: int, fields: int, index: int) -> tuple[str, str]:
-    """(why the kernels do not take a bank with this table, what else to know); a bank without numbers can be asked."""
-    host = torch.frombuffer(bytearray(table), dtype=torch.int64).view(n, fields)
-    bank = CompiledBank(torch.zeros(buffer_size(host.numpy())), host).bank
-    return bank.unsupported(index), bank.note()
+def _verdict(module: Any, table: bytes, n: int, fields: int) -> tuple[str, str]:
+    """(why the kernels do not take a bank with this table, what else to know)."""
+    host = torch.frombuffer(bytearray(table), dtype=torch.int64)
+    shape = (host.data_ptr(), n, fields)
+    return module.bank_unsupported(*shape), module.bank_note(*shape)
 
 
-def bank_unsupported(table: bytes, n: int, fields: int, index: int) -> str | None:
-    """None where the kernels take a bank with this table on this device, else one sentence why not."""
-    return _verdict(_native.cuda(), table, n, fields, index)[0] or None
+def bank_unsupported(table: bytes, n: int, fields: int) -> str | None:
+    """None where the kernels take a bank with this table, else one sentence why not."""
+    return _verdict(_native.cuda(), table, n, fields)[0] or None
 
 
-def bank_note(table: bytes, n: int, fields: int, index: int) -> str | None:
+def bank_note(table: bytes, n: int, fields: int) -> str | None:
     """What a user should know about how this bank would run, or None."""
-    return _verdict(_native.cuda(), table, n, fields, index)[1] or None
+    return _verdict(_native.cuda(), table, n, fields)[1] or None
 
 
 def forward_workspace(compiled: CompiledBank, images: Tensor, pairs: Tensor | None, precision: str) -> int:

@@ -28,14 +28,14 @@ class BankOperators:
         if reason or problem.bank is None:
             return reason
         shape = problem.bank
-        return gpu.bank_unsupported(shape.table, shape.models, shape.columns, problem.index)
+        return gpu.bank_unsupported(shape.table, shape.models, shape.columns)
 
     def bank_note(self, problem: Problem) -> str | None:
         name = gpu.devices()[problem.index]["name"]
         if problem.bank is None:
             return f"{name}"
         shape = problem.bank
-        note = gpu.bank_note(shape.table, shape.models, shape.columns, problem.index)
+        note = gpu.bank_note(shape.table, shape.models, shape.columns)
         return f"{name}; {note}" if note else f"{name}"
 
     def bank_forward(
