@@ -31,12 +31,14 @@ class BankOperators:
         return gpu.bank_unsupported(shape.table, shape.models, shape.columns)
 
     def bank_note(self, problem: Problem) -> str | None:
-        name = gpu.devices()[problem.index]["name"]
-        if problem.bank is None:
-            return f"{name}"
-        shape = problem.bank
-        note = gpu.bank_note(shape.table, shape.models, shape.columns)
-        return f"{name}; {note}" if note else f"{name}"
+        parts = [str(gpu.devices()[problem.index]["name"])]
+        if problem.op == "bank_forward" and problem.precision == "fast":
+            parts.append('"fast": float16 maps and operands, products summed in float32')
+        if problem.bank is not None:
+            shape = problem.bank
+            note = gpu.bank_note(shape.table, shape.models, shape.columns)
+            parts += [note] if note else []
+        return "; ".join(parts)
 
     def bank_forward(
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, layout: str, precision: str
