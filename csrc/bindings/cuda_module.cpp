@@ -81,7 +81,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       },
       py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"));
 
-  py::class_<cuda::Bank>(m, "Bank")
+  // Local: tests load this module several times, compiled in different ways.
+  py::class_<cuda::Bank>(m, "Bank", py::module_local())
       .def(py::init([](std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
                        std::int64_t table_stride) {
              std::unique_ptr<cuda::Bank> bank;
