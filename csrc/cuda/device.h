@@ -27,6 +27,20 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// max(x, 0), and NaN for NaN.
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers through the ReLU, NaN for NaN, rounded to halves: x in the lower half.
+__device__ __forceinline__ __half2 relu_to_halves(float x, float y) {
+  std::uint32_t both;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+  return *reinterpret_cast<const __half2*>(&both);
+}
+
 // d += a * b for one warp: a is 16 x 16, b is 16 x 8, d is 16 x 8; all lanes of the warp together. With g = lane / 4 and
 // t = lane % 4, each register of halves holding two neighbours, the lower index in the lower half:
 //

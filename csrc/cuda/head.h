@@ -250,17 +250,17 @@ __device__ __forceinline__ void first_tiles(const BankRef& bank, const HeadRecor
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const int pair = (n0 + j) * 4 + (own & 3);  // of channels
-      const float4 f = bank.at<float4>(images.is_u8 ? head.first_u8 : head.first_f32)[pair];
+      const float4 f = bank.at<float4>(images.is_u8 ? head.first_u8 : head.first.outputs)[pair];
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int x = 16 * m + (own >> 2) + 8 * h;
-          const float u = relu(fmaf(sum[r][j][2 * h], f.x, f.z));
-          const float v = relu(fmaf(sum[r][j][2 * h + 1], f.y, f.w));
+          const float u = fmaf(sum[r][j][2 * h], f.x, f.z);
+          const float v = fmaf(sum[r][j][2 * h + 1], f.y, f.w);
           if (x < images.width) {
             Pair* out = reinterpret_cast<Pair*>(shared);
-            store_pair(out + ((row + r) * Shape::kRow1 + x + 1) * Shape::kStride1 + pair, u, v);
+            store_relu(out + ((row + r) * Shape::kRow1 + x + 1) * Shape::kStride1 + pair, u, v);
           }
           if (kMasks) {
             const std::uint32_t byte = mask_byte(u, v, own);
@@ -368,19 +368,19 @@ __device__ __forceinline__ void mix_tiles(const BankRef& bank, const MatrixRecor
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     const int own = thread_index() & 31, pair = (n + j) * 4 + (own & 3);
-    const float2 scale = bank.at<float2>(matrix.scale)[pair];
+    const float4 f = bank.at<float4>(matrix.outputs)[pair];
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
       if (m + i >= m_tiles) continue;
       const int pixel = (m + i) * 16 + (own >> 2);
-      store(pixel, pair, sum[i][j][0] * scale.x, sum[i][j][1] * scale.y);
-      store(pixel + 8, pair, sum[i][j][2] * scale.x, sum[i][j][3] * scale.y);
+      store(pixel, pair, fmaf(sum[i][j][0], f.x, f.z), fmaf(sum[i][j][1], f.y, f.w));
+      store(pixel + 8, pair, fmaf(sum[i][j][2], f.x, f.z), fmaf(sum[i][j][3], f.y, f.w));
     }
   }
 }
 
-// A pointwise layer: operands [pixels, K] in shared memory times a matrix. `store(pixel, pair, x, y)` gets the sums of a
-// pair of output channels, by all lanes of a warp together. A warp takes kM tiles of pixels by up to kN of channels.
+// A pointwise layer: operands [pixels, K] in shared memory times a matrix. `store(pixel, pair, x, y)` gets a pair of
+// output channels, by all lanes of a warp together. A warp takes kM tiles of pixels by up to kN of channels.
 template <class Numbers, int kM, int kN, int kStride, int kPlane, class Store>
 __device__ __forceinline__ void mix(const BankRef& bank, const MatrixRecord& matrix, const __half* operand, int pixels,
                                     const Store& store) {
@@ -476,13 +476,11 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
       mix<Numbers, Numbers::kExact ? 1 : kRows / 2, 3, Shape::kOperandStride1, Shape::kOperandPlane1>(
           bank, head.mix1, operand1, kRows / 2 * width1, [&](int pixel, int pair, float x, float y) {
             const int line = pixel >= width1 ? 1 : 0, column = pixel - line * width1;
-            const float2 b = bank.at<float2>(head.mix1_bias)[pair];
-            const float u = relu(x + b.x), w = relu(y + b.y);
             const bool inside = pixel < kRows / 2 * width1;
-            if (inside) store_pair(second + (line * Shape::kRow2 + column + 1) * Shape::kStride2 + pair, u, w);
+            if (inside) store_relu(second + (line * Shape::kRow2 + column + 1) * Shape::kStride2 + pair, x, y);
             if (kMasks) {
               const int lane = thread_index() & 31;
-              const std::uint32_t byte = mask_byte(u, w, lane);
+              const std::uint32_t byte = mask_byte(x, y, lane);
               const int row = row1 + line;
               if (inside && (lane & 3) == 0 && row >= 0 && row < height / 2) {
                 job.masks.second[(row * width1 + column) * head.mix1.n_tiles + pair / 4] =
@@ -528,10 +526,9 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
       mix<Numbers, 1, 1, Shape::kOperandStride2, Shape::kOperandPlane2>(
           bank, head.mix2, operand2, width2, [&](int pixel, int pair, float x, float y) {
             if (pixel >= width2) return;
-            const float2 b = bank.at<float2>(head.mix2_bias)[pair];
             float* here = to + pixel * channels + 2 * pair;
-            if (2 * pair < channels) here[0] = relu(x + b.x);
-            if (2 * pair + 1 < channels) here[1] = relu(y + b.y);
+            if (2 * pair < channels) here[0] = relu(x);
+            if (2 * pair + 1 < channels) here[1] = relu(y);
           });
       __syncthreads();
     }

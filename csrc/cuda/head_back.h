@@ -184,7 +184,7 @@ __device__ __forceinline__ void head_backward(const BankRef& bank, const ModelRe
     if (warp >= 2 * ceil_div(width, 16)) return;
     const float unscale = 1.0f / job.scale0;
     const int column = (warp & 1) * 8 + 2 * (lane & 3);
-    const float2 scale = bank.at<float2>(head.first_back.scale)[column / 2];
+    const float4 scale = bank.at<float4>(head.first_back.outputs)[column / 2];
     float* to = reinterpret_cast<float*>(shared + Shape::kProducts);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -5,9 +5,6 @@
 
 namespace cortexloop::cuda {
 
-// ReLU that lets NaN through, as torch's does.
-__device__ __forceinline__ float relu(float x) { return x <= 0.0f ? 0.0f : x; }
-
 __device__ __forceinline__ std::uint32_t bits(__half2 x) { return *reinterpret_cast<const std::uint32_t*>(&x); }
 
 // The power of two by which numbers up to `largest` become numbers below 2^kHalfBound. 1 for 0, infinity and NaN.
@@ -51,8 +48,9 @@ __device__ __forceinline__ void fused_add(float2& sum, float2 a, float2 b) {
   sum.y = fmaf(a.y, b.y, sum.y);
 }
 
-__device__ __forceinline__ void store_pair(__half2* to, float x, float y) { *to = __floats2half2_rn(x, y); }
-__device__ __forceinline__ void store_pair(float2* to, float x, float y) { *to = make_float2(x, y); }
+// A pair of channels through the ReLU.
+__device__ __forceinline__ void store_relu(__half2* to, float x, float y) { *to = relu_to_halves(x, y); }
+__device__ __forceinline__ void store_relu(float2* to, float x, float y) { *to = make_float2(relu(x), relu(y)); }
 
 // A pair as operands of a matrix product: plane 0 and, for float2, what its halves leave over in plane 1.
 __device__ __forceinline__ void store_operand(__half* to, int, __half2 x) { *reinterpret_cast<__half2*>(to) = x; }

@@ -31,13 +31,6 @@ class Bytes {
     return static_cast<std::int64_t>(start);
   }
 
-  template <class T>
-  std::vector<T> read(std::int64_t start, std::size_t count) const {
-    std::vector<T> values(count);
-    std::memcpy(values.data(), bytes_->data() + start, count * sizeof(T));
-    return values;
-  }
-
  private:
   std::vector<unsigned char>* bytes_;
 };
@@ -68,25 +61,41 @@ double largest_of(const std::vector<double>& values) {
   return values.empty() ? 0.0 : *std::max_element(values.begin(), values.end());
 }
 
-// B fragments of both planes, and scales such that (operands * operand_scale) times the fragments, times the scale, are
-// the products in units of 1 / result_scale.
-// Every column has a scale of its own, or all have the same one.
+// For each pair of columns their two scales, then what is added to them; zeros behind the real columns.
+std::int64_t add_outputs(Bytes& bytes, const std::vector<double>& scales, const std::vector<double>& added,
+                         int n_tiles) {
+  std::vector<float> out(static_cast<std::size_t>(n_tiles) * 16, 0.0f);
+  for (std::size_t n = 0; n < scales.size(); ++n) {
+    out[n / 2 * 4 + n % 2] = static_cast<float>(scales[n]);
+    if (n < added.size()) out[n / 2 * 4 + 2 + n % 2] = static_cast<float>(added[n]);
+  }
+  return bytes.add(out);
+}
+
+std::vector<double> times(std::vector<double> values, double factor) {
+  for (double& x : values) x *= factor;
+  return values;
+}
+
+// A matrix whose operands come multiplied by `operand_scale` and whose results, with `bias`, are wanted multiplied by
+// `result_scale`. Every column of fragments has a scale of its own, or all have the same one. `scales` gets those of the
+// sums.
 MatrixRecord add_matrix(Bytes& bytes, const Matrix& w, double operand_scale, double result_scale,
-                        bool same_scale = false) {
+                        const std::vector<double>& bias, bool same_scale = false,
+                        std::vector<double>* scales = nullptr) {
   MatrixRecord record;
   record.k_tiles = ceil_div(w.rows, 16);
   record.n_tiles = ceil_div(w.columns, 8);
-  std::vector<double> weight_scale(static_cast<std::size_t>(w.columns), 1.0);
-  std::vector<float> scale(static_cast<std::size_t>(record.n_tiles) * 8, 0.0f);
+  std::vector<double> weight_scale(static_cast<std::size_t>(w.columns), 1.0), scale(weight_scale);
   for (int n = 0; n < w.columns; ++n) {
     double largest = 0.0;
     for (int k = 0; k < w.rows; ++k) largest = std::max(largest, std::fabs(w.at(k, n)));
-    const auto i = static_cast<std::size_t>(n);
     if (same_scale) {
       for (const double x : w.values) largest = std::max(largest, std::fabs(x));
     }
+    const auto i = static_cast<std::size_t>(n);
     weight_scale[i] = scale_below(largest, kWeightBound);
-    scale[i] = static_cast<float>(result_scale / (operand_scale * weight_scale[i]));
+    scale[i] = result_scale / (operand_scale * weight_scale[i]);
   }
   std::vector<__half> fragments;
   fragments.reserve(static_cast<std::size_t>(2 * record.n_tiles * record.k_tiles) * 128);
@@ -109,25 +118,9 @@ MatrixRecord add_matrix(Bytes& bytes, const Matrix& w, double operand_scale, dou
     }
   }
   record.fragments = bytes.add(fragments);
-  record.scale = bytes.add(scale);
+  record.outputs = add_outputs(bytes, scale, times(bias, result_scale), record.n_tiles);
+  if (scales != nullptr) *scales = scale;
   return record;
-}
-
-std::int64_t add_padded(Bytes& bytes, const std::vector<double>& values, int size, double scale) {
-  std::vector<float> padded(static_cast<std::size_t>(size), 0.0f);
-  for (std::size_t i = 0; i < values.size(); ++i) padded[i] = static_cast<float>(values[i] * scale);
-  return bytes.add(padded);
-}
-
-// For each pair of channels the two scales of a matrix, then the two biases times `scale`.
-std::int64_t add_outputs(Bytes& bytes, const MatrixRecord& matrix, const std::vector<double>& bias, double scale) {
-  const std::vector<float> scales = bytes.read<float>(matrix.scale, static_cast<std::size_t>(matrix.n_tiles) * 8);
-  std::vector<float> out(scales.size() * 2, 0.0f);
-  for (std::size_t n = 0; n < scales.size(); ++n) {
-    out[n / 2 * 4 + n % 2] = scales[n];
-    if (n < bias.size()) out[n / 2 * 4 + 2 + n % 2] = static_cast<float>(bias[n] * scale);
-  }
-  return bytes.add(out);
 }
 
 // taps: [25][channels]
@@ -257,17 +250,15 @@ bool add_head(Bytes& bytes, const ModelView& model, const float* mean, HeadRecor
   const double scale_between1 = scale_below(largest_of(between1), kHalfBound);
   const double scale1 = scale_below(largest_of(map1), kHalfBound);
   const double scale_between2 = scale_below(largest_of(between2), kHalfBound);
-  head->first = add_matrix(bytes, kernel, 1.0, scale0);
-  head->first_u8 = add_outputs(bytes, head->first, bias0_u8, scale0);
-  head->first_f32 = add_outputs(bytes, head->first, bias0, scale0);
+  std::vector<double> first_scales;
+  head->first = add_matrix(bytes, kernel, 1.0, scale0, bias0, false, &first_scales);
+  head->first_u8 = add_outputs(bytes, first_scales, times(bias0_u8, scale0), head->first.n_tiles);
   head->taps1 = add_taps(bytes, taps1, head->taps1.pairs, kMaxPairs1, scale_between1 / scale0);
-  head->mix1 = add_matrix(bytes, mixing1, scale_between1, scale1);
-  head->mix1_bias = add_padded(bytes, bias_of(second), head->mix1.n_tiles * 8, scale1);
+  head->mix1 = add_matrix(bytes, mixing1, scale_between1, scale1, bias_of(second));
   head->taps2 = add_taps(bytes, taps2, head->taps2.pairs, kMaxPairs2, scale_between2 / scale1);
-  head->mix2 = add_matrix(bytes, mixing2, scale_between2, 1.0);
-  head->mix2_bias = add_padded(bytes, bias_of(third), head->mix2.n_tiles * 8, 1.0);
-  head->mix1_back = add_matrix(bytes, transposed(mixing1), 1.0, 1.0);
-  head->first_back = add_matrix(bytes, kernel_back, 1.0, 1.0, true);
+  head->mix2 = add_matrix(bytes, mixing2, scale_between2, 1.0, bias_of(third));
+  head->mix1_back = add_matrix(bytes, transposed(mixing1), 1.0, 1.0, {});
+  head->first_back = add_matrix(bytes, kernel_back, 1.0, 1.0, {}, true);
   std::vector<float> back(static_cast<std::size_t>(third.out_c * 2 * kMaxPairs2), 0.0f);
   for (int o = 0; o < third.out_c; ++o) {
     for (int c = 0; c < second.out_c; ++c) {

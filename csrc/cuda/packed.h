@@ -54,7 +54,8 @@ struct RestRecord {
 struct MatrixRecord {
   std::int32_t k_tiles, n_tiles;
   std::int64_t fragments;
-  std::int64_t scale;  // [n_tiles * 8]: what a sum of products is multiplied by
+  // How sums of products become numbers: float4 [n_tiles * 4], the scales of a pair of columns and what is added.
+  std::int64_t outputs;
 };
 
 // Depthwise taps [25, kMaxPairs1 or kMaxPairs2] of pairs of channels, scaled; zeros behind the real channels. `pairs`:
@@ -69,12 +70,10 @@ struct TapsRecord {
 struct HeadRecord {
   std::int32_t channels0, channels1, channels2;
   MatrixRecord first;  // [80, channels0]: row dy * 16 + dx * 3 + colour
-  // How sums of products become numbers of the first map: float4 [n_tiles * 4], scales of a pair of channels and biases.
-  std::int64_t first_u8;   // pixels are levels minus the rounded mean
-  std::int64_t first_f32;  // pixels are recentred values
+  std::int64_t
+      first_u8;  // `outputs` for pixels that are levels minus the rounded mean; first.outputs: recentred values
   TapsRecord taps1, taps2;
-  MatrixRecord mix1, mix2;  // pointwise layers
-  std::int64_t mix1_bias, mix2_bias;
+  MatrixRecord mix1, mix2;   // pointwise layers
   MatrixRecord mix1_back;    // [channels1, channels0]
   MatrixRecord first_back;   // [channels0, 80]: column dy * 16 + dx * 3 + colour
   std::int64_t mix2_back;    // [channels2, 2 * taps2.pairs] float

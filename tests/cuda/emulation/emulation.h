@@ -294,6 +294,9 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 
 namespace cortexloop::cuda {
 
+inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+inline __half2 relu_to_halves(float x, float y) { return __floats2half2_rn(relu(x), relu(y)); }
+
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
 inline void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, CORTEXLOOP_SITE) {
