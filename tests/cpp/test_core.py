@@ -7,12 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import cortexloop as cl
-from cortexloop.testing import CASES, PAIRED_CASES, Case, exact_inputs
+from cortexloop.testing import CASES, PAIRED_CASES
+from problem_files import write_problem
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HERE = Path(__file__).resolve().parent
@@ -50,30 +48,6 @@ def links(cxx: str, flags: list[str], folder: Path) -> bool:
     source = folder / "probe.cpp"
     source.write_text("int main() { return 0; }\n")
     return subprocess.run([cxx, *flags, str(source), "-o", str(folder / "probe")], capture_output=True).returncode == 0
-
-
-def write_problem(path: Path, case: Case, paired: bool) -> None:
-    inputs = exact_inputs(case)
-    pairs = inputs.pairs if paired else None
-    cotangent = inputs.cotangent[torch.arange(len(inputs.pairs)), inputs.pairs] if paired else inputs.cotangent
-    bank = inputs.bank
-    images = inputs.images.double()
-    responses = cl.responses(images, bank, pairs=pairs, backend="reference")
-    grad = cl.input_gradient(images, bank, cotangent.double(), pairs=pairs, backend="reference")
-    batch, height, width, _ = inputs.images.shape
-    header = [batch, height, width, len(bank), bank.table.shape[1], bank.weights.numel(), int(paired)]
-    parts = [
-        np.array(header, dtype=np.int64),
-        bank.weights.numpy(),
-        bank.table.numpy(),
-        inputs.images_uint8.numpy(),
-        inputs.images.numpy(),
-        inputs.pairs.numpy(),
-        cotangent.float().numpy(),
-        responses.float().numpy(),
-        grad.float().numpy(),
-    ]
-    path.write_bytes(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,16 @@ def emulated_cuda(request: pytest.FixtureRequest) -> ModuleType:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def emulated_checked_cuda(request: pytest.FixtureRequest) -> ModuleType:
+    """The same module; its kernels report every access, so that races and misaligned addresses fail the launch."""
+    folder = request.config.cache.mkdir("emulated_cuda")
+    try:
+        return emulated_build.load_module(emulated_build.build_module(folder, checked=True))
+    except emulated_build.CannotBuildError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def emulated_device(emulated_cuda: ModuleType) -> Iterator[emulated_build.Settings]:
     """Settings of the device that `emulated_cuda` runs on, put back after the test."""

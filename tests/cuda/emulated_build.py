@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 EMULATION = sorted((HERE / "emulation").glob("*.cpp"))
 STATUS = CSRC / "common" / "status.cpp"
+MODULE = CSRC / "bindings" / "cuda_module.cpp"
 INCLUDES = [f"-I{folder}" for folder in (HERE / "emulation", CSRC / "cuda", CSRC / "include")]
 # Kernels read vectors through pointers to other types, as CUDA allows; "#pragma unroll" is nvcc's.
 DIALECT = ["-std=c++17", "-DCORTEXLOOP_EMULATION", "-fno-strict-aliasing", "-ffp-contract=off"]
@@ -60,15 +62,18 @@ def build(
     options: list[str] | None = None,
     includes: Sequence[str] = (),
     checked: bool = False,
+    program: bool = False,
 ) -> Path:
-    """Compile the sources and the emulation into a shared library, two at a time.
+    """Compile the sources and the emulation into a shared library or a program, two at a time.
 
     Args:
         sources: .cpp and .cu files.
-        target: the library to write; objects go beside it.
+        target: the file to write; objects go beside it.
         options: of the compiler, in place of the default optimisation.
         includes: further options that say where headers are.
         checked: whether kernels report every load and store, so that races are found (emulation/races.h).
+
+        program: link a program rather than a library.
 
     Raises:
         CannotBuildError: no compiler.
@@ -80,26 +85,24 @@ def build(
         native = ["-march=native"] if accepts(cxx, "-march=native", target.parent) else []
         options = ["-O2", *native]
     common = [cxx, *DIALECT, *WARNINGS, *INCLUDES, *includes, "-fPIC", "-fvisibility=hidden"]
-    kernels = [source for source in sources if CSRC / "bindings" not in source.parents]
     jobs = []
     objects = []
     for source in [*EMULATION, STATUS, *sources]:
         objects.append(str(target.parent / f"{target.name}.{source.name}.o"))
-        own = CHECKED if checked and source in kernels else options
+        own = CHECKED if checked and source in sources and source != MODULE else options
         jobs.append([*common, *own, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in pool.map(lambda job: subprocess.run(job, capture_output=True, text=True), jobs):
             assert done.returncode == 0, done.stderr
-    link = [cxx, *options, "-shared", *objects, "-pthread", "-o", str(target)]
+    link = [cxx, *options, *(() if program else ("-shared",)), *objects, "-pthread", "-o", str(target)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
 
 
-def module_sources() -> list[Path]:
-    """What the extension module `_cuda` is made of, besides the status functions."""
-    kernels = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
-    return [CSRC / "bindings" / "cuda_module.cpp", CSRC / "common" / "model_view.cpp", *kernels]
+def kernel_sources() -> list[Path]:
+    """The kernels and their host side, besides the status functions."""
+    return [CSRC / "common" / "model_view.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
 
 
 def python_includes() -> list[str]:
@@ -123,7 +126,7 @@ def module_key() -> str:
     digest = hashlib.sha256(subprocess.run([compiler(), "--version"], capture_output=True).stdout)
     folders = [CSRC / "cuda", CSRC / "common", CSRC / "include", HERE / "emulation"]
     files = [p for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
-    for path in [*files, CSRC / "bindings" / "cuda_module.cpp", Path(__file__)]:
+    for path in [*files, MODULE, Path(__file__)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -142,15 +145,22 @@ def build_module(folder: Path, checked: bool = False) -> Path:
     kind = "checked" if checked else "plain"
     target = folder / module_key() / kind / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.is_file():
-        partial = target.with_suffix(".part")
-        build(module_sources(), partial, includes=python_includes(), checked=checked)
-        partial.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as own:  # another process may be building the same
+            built = build(
+                [MODULE, *kernel_sources()], Path(own) / target.name, includes=python_includes(), checked=checked
+            )
+            built.replace(target)
+        for old in folder.iterdir():
+            if old.name != target.parents[1].name:
+                shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def load_module(path: Path) -> ModuleType:
-    """Import the file as the module `_cuda`, without making it known to other imports."""
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+    """Import the file as a module named `_cuda`, without making it known to other imports."""
+    # pybind11 keeps modules by their full name, and would return the first one for the second file.
+    spec = importlib.util.spec_from_file_location(f"emulated_{path.parent.name}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,28 @@
 
 namespace cortexloop::emulation {
 
+void Fiber::set(unsigned char* stack, std::size_t bytes, Entry entry, void* argument) {
+  entry_ = entry;
+  argument_ = argument;
+  stack_ = stack;
+  bytes_ = bytes;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, bytes);  // a fiber that was abandoned leaves its marks
+#endif
+}
+
+void Fiber::go(Fiber& other, bool for_good) {
+#if defined(__SANITIZE_ADDRESS__)
+  came_from_ = this;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, other.stack_, other.bytes_);
+#endif
+  exchange(other);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack_, &came_from_->stack_, &came_from_->bytes_);
+#endif
+  (void)for_good;
+}
+
 #if CORTEXLOOP_FAST_SWITCH
 
 // Saves what a function call must preserve, exchanges the stacks, and returns on the other one.
@@ -37,10 +59,7 @@ extern "C" void cortexloop_fiber_begin();
 void Fiber::begin(Fiber* self) { self->entry_(self->argument_); }
 
 void Fiber::prepare(unsigned char* stack, std::size_t bytes, Entry entry, void* argument) {
-  entry_ = entry;
-  argument_ = argument;
-  stack_ = stack;
-  bytes_ = bytes;
+  set(stack, bytes, entry, argument);
   // What the first switch pops: r15, r14, r13, r12, rbx, rbp and the address to return to. There rsp is a multiple of
   // 16, as a call needs it.
   auto** top = reinterpret_cast<void**>(stack + bytes) - 9;
@@ -51,7 +70,7 @@ void Fiber::prepare(unsigned char* stack, std::size_t bytes, Entry entry, void* 
   saved_ = top;
 }
 
-void Fiber::go(Fiber& other, bool) { cortexloop_fiber_switch(&saved_, other.saved_); }
+void Fiber::exchange(Fiber& other) { cortexloop_fiber_switch(&saved_, other.saved_); }
 
 #else
 
@@ -61,13 +80,7 @@ void Fiber::begin(unsigned high, unsigned low) {
 }
 
 void Fiber::prepare(unsigned char* stack, std::size_t bytes, Entry entry, void* argument) {
-  entry_ = entry;
-  argument_ = argument;
-  stack_ = stack;
-  bytes_ = bytes;
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack, bytes);  // a fiber that was abandoned leaves its marks
-#endif
+  set(stack, bytes, entry, argument);
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack;
   context_.uc_stack.ss_size = bytes;
@@ -77,17 +90,7 @@ void Fiber::prepare(unsigned char* stack, std::size_t bytes, Entry entry, void* 
               static_cast<unsigned>(self));
 }
 
-void Fiber::go(Fiber& other, bool for_good) {
-#if defined(__SANITIZE_ADDRESS__)
-  came_from_ = this;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, other.stack_, other.bytes_);
-#endif
-  swapcontext(&context_, &other.context_);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack_, &came_from_->stack_, &came_from_->bytes_);
-#endif
-  (void)for_good;
-}
+void Fiber::exchange(Fiber& other) { swapcontext(&context_, &other.context_); }
 
 #endif
 
