@@ -1,4 +1,4 @@
-"""The compiled module: what it links to, and what symbols its per-instruction-set objects have."""
+"""The compiled modules: what they link to, and what symbols the objects for each instruction set have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from project import ROOT
 CMAKE = ROOT / "csrc" / "cmake" / "isa.cmake"
 
 
-def module_file() -> Path:
-    spec = importlib.util.find_spec("cortexloop._cpu")
+def module_file(name: str) -> Path:
+    spec = importlib.util.find_spec(f"cortexloop.{name}")
     if spec is None or spec.origin is None:
-        pytest.skip("cortexloop was installed without its C++ kernels")
+        pytest.skip(f"cortexloop was installed without its module {name}")
     return Path(spec.origin)
 
 
@@ -36,11 +37,50 @@ def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-def test_links_to_no_torch_no_cuda_no_openmp():
-    """One build serves every torch, and no second OpenMP runtime enters the process."""
-    libraries = output(tool("ldd"), str(module_file()))
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_links_to_no_torch_no_cuda_no_openmp(name: str):
+    """One build serves every torch, loads without a driver, and brings no second OpenMP runtime into the process."""
+    libraries = output(tool("ldd"), str(module_file(name)))
     assert "libc" in libraries
-    assert not re.search(r"libtorch|libc10|libcuda|libcudart|libgomp|libiomp|libomp", libraries), libraries
+    assert not re.search(r"libtorch|libc10|libcuda|libcudart|libnv|libgomp|libiomp|libomp", libraries), libraries
+
+
+def test_cuda_runtime_stays_private():
+    """Torch loads a CUDA runtime of its own: neither may resolve the other's symbols."""
+    path = str(module_file("_cuda"))
+    names = output(tool("nm", "llvm-nm"), "-D", path).split()
+    assert "PyInit__cuda" in names
+    assert not [n for n in names if re.match(r"_*cu(da|[A-Z])|fatBinary", n)]
+
+
+def test_cuda_module_loads_without_a_gpu():
+    """In a process without torch; a reason is given exactly where there is no device."""
+    module_file("_cuda")
+    code = "from importlib.machinery import *; import sys; m = ExtensionFileLoader('_cuda', sys.argv[1]).load_module()"
+    code += "; print(m.device_count(), len(m.unavailable()) > 0, m.emulated())"
+    count, reason, emulated = output(sys.executable, "-W", "ignore", "-c", code, str(module_file("_cuda"))).split()
+    assert (count == "0") == (reason == "True")
+    assert emulated == "False"
+
+
+def test_every_cuda_source_is_built():
+    listed = re.findall(r"csrc/cuda/(\w+\.cu)\b", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert listed == sorted(p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def test_architectures_are_those_that_are_checked():
+    """Of the build and of .ci/check_cuda.py."""
+    cmake = (ROOT / "csrc" / "cmake" / "cuda.cmake").read_text(encoding="utf-8")
+    macro = cmake.split("macro(cortexloop_choose_architectures)")[1].split("endmacro")[0]
+    # The first line of the macro and the last of its branches are what the newest compiler gets.
+    lines = [line for line in macro.splitlines() if "-real" in line or "-virtual" in line]
+    built = re.findall(r"\d+-(?:real|virtual)", lines[0] + lines[-1])
+    check = (ROOT / ".ci" / "check_cuda.py").read_text(encoding="utf-8")
+    names = re.search(r"ARCHITECTURES = \((.*)\)", check)
+    ptx = re.search(r'PTX = "compute_(\d+)"', check)
+    assert names is not None
+    assert ptx is not None
+    assert built == [f"{n}-real" for n in re.findall(r"sm_(\d+)", names[1])] + [f"{ptx[1]}-virtual"]
 
 
 def flags() -> dict[str, list[str]]:
