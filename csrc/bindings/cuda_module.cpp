@@ -99,9 +99,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
            })
       .def(
           "forward_workspace",
-          [](const cuda::Bank& bank, int device, int, std::int64_t batch, bool paired, int precision) {
+          [](const cuda::Bank& bank, int device, int type, std::int64_t batch, bool paired, int precision) {
             std::int64_t bytes = 0;
-            check(bank.forward_workspace(device, batch, paired, static_cast<Precision>(precision), &bytes));
+            check(bank.forward_workspace(device, static_cast<PixelType>(type), batch, paired,
+                                         static_cast<Precision>(precision), &bytes));
             return bytes;
           },
           py::arg("device"), py::arg("dtype"), py::arg("batch"), py::arg("paired"), py::arg("precision"))
@@ -128,9 +129,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
           py::arg("workspace_ptr"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"))
       .def(
           "gradient_workspace",
-          [](const cuda::Bank& bank, int device, int, std::int64_t batch, bool paired) {
+          [](const cuda::Bank& bank, int device, int type, std::int64_t batch, bool paired) {
             std::int64_t bytes = 0;
-            check(bank.gradient_workspace(device, batch, paired, &bytes));
+            check(bank.gradient_workspace(device, static_cast<PixelType>(type), batch, paired, &bytes));
             return bytes;
           },
           py::arg("device"), py::arg("dtype"), py::arg("batch"), py::arg("paired"))

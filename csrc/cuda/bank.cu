@@ -1,8 +1,8 @@
 // Host side of the bank on a GPU: devices, sizes, and the launches that make up a call. The arithmetic is in bank_fwd.cu
 // and bank_bwd.cu.
 //
-// Workspace of a call: counters that blocks draw units from, then one area for each block that runs at a time, then, for a
-// gradient without pairs, the gradients of single models. Kernels of one call run one after the other and share it.
+// Workspace of a call: counters that blocks draw units from, one area for each block that runs at a time, prepared images,
+// and for a gradient without pairs the gradients of single models. Kernels of one call run one after the other and share it.
 #include "cortexloop/bank.h"
 
 #include <algorithm>
@@ -21,6 +21,7 @@ constexpr std::int64_t kReserved = 1024;          // of a block's shared memory:
 constexpr std::int64_t kCounters = 256;           // bytes: heads draw from the first number, the others from the 32nd
 constexpr std::int64_t kMostAreas = 512ll << 20;  // bytes; models one layer at a time may need megabytes each
 constexpr std::int64_t kMostGradients = 512ll << 20;  // bytes of gradients of single models held at a time
+constexpr std::int64_t kMostImages = 512ll << 20;     // bytes of prepared images held at a time
 constexpr std::int64_t kMostUnits = 1ll << 30;        // of one launch
 constexpr int kMostBands = 7;
 
@@ -55,9 +56,29 @@ struct Plan {
 struct Call {
   Plan heads, plains;
   std::int64_t images = 0;                       // of a round
+  std::int64_t prepared = 0;                     // start of prepared images; 0: no model has a head
+  int planes = 1;                                // of a prepared image
   std::int64_t head_parts = 0, plain_parts = 0;  // starts of gradients of single models; 0: written to the images
   std::int64_t bytes = 0;
 };
+
+ImagesRef images_ref(const ImagesView& images) {
+  const std::int64_t plane = images.height * images.width;
+  const bool nhwc = images.layout == ImageLayout::nhwc;
+  return {images.data,
+          images.type == PixelType::u8 ? 1 : 0,
+          static_cast<std::int32_t>(images.height),
+          static_cast<std::int32_t>(images.width),
+          3 * plane,
+          nhwc ? 3 * images.width : images.width,
+          nhwc ? 3 : 1,
+          nhwc ? 1 : plane};
+}
+
+// Blocks for a kernel that walks over so many numbers in steps of its grid.
+int grid_of(std::int64_t numbers) {
+  return static_cast<int>(std::min<std::int64_t>((numbers + kPlainThreads - 1) / kPlainThreads, 1 << 14));
+}
 
 }  // namespace
 
@@ -246,10 +267,25 @@ struct Bank::State {
 
   static std::int64_t bytes_of(const Plan& plan) { return plan.arrivals + plan.area * plan.areas; }
 
-  Status plan_forward(int device, std::int64_t batch, bool paired, Precision precision, Call* call) {
+  std::int64_t prepared_size(int planes) const { return prepared_bytes(packed.models[0].height, planes); }
+
+  std::int64_t images_prepared(int planes) const {
+    return packed.heads.empty() ? kMostUnits : std::max<std::int64_t>(1, kMostImages / prepared_size(planes));
+  }
+
+  // Counters and areas, then the prepared images of a round.
+  void add_prepared(Call* call) const {
+    call->bytes = aligned(kCounters + std::max(bytes_of(call->heads), bytes_of(call->plains)));
+    if (packed.heads.empty()) return;
+    call->prepared = call->bytes;
+    call->bytes += call->images * prepared_size(call->planes);
+  }
+
+  Status plan_forward(int device, PixelType type, std::int64_t batch, bool paired, Precision precision, Call* call) {
+    call->planes = type == PixelType::f32 && precision == Precision::exact ? 2 : 1;
     const auto most = std::max<std::size_t>({1, packed.heads.size(), packed.plains.size()});
-    call->images =
-        std::min(batch, paired ? kMostUnits : std::max<std::int64_t>(1, kMostUnits / static_cast<std::int64_t>(most)));
+    call->images = std::min(
+        {batch, images_prepared(call->planes), paired ? kMostUnits : kMostUnits / static_cast<std::int64_t>(most)});
     if (!packed.heads.empty()) {
       const std::int64_t n = units(packed.heads, call->images, paired);
       const Status status = precision == Precision::exact ? plan_heads<Exact>(device, n, &call->heads)
@@ -260,18 +296,19 @@ struct Bank::State {
       const Status status = plan_plains(device, false, units(packed.plains, call->images, paired), &call->plains);
       if (status != Status::ok) return status;
     }
-    call->bytes = kCounters + std::max(bytes_of(call->heads), bytes_of(call->plains));
+    add_prepared(call);
     return Status::ok;
   }
 
   // Gradients of one model per image go straight to the images.
   bool to_images(bool paired) const { return paired || packed.models.size() == 1; }
 
-  Status plan_gradient(int device, std::int64_t batch, bool paired, bool* rings_shared, Call* call) {
+  Status plan_gradient(int device, PixelType type, std::int64_t batch, bool paired, bool* rings_shared, Call* call) {
+    call->planes = type == PixelType::f32 ? 2 : 1;
     const ModelRecord& first = packed.models[0];
     const std::int64_t gradient = 4ll * first.height * first.width * 3;
     const auto n_models = static_cast<std::int64_t>(packed.models.size());
-    call->images = std::min(batch, kMostUnits / n_models);
+    call->images = std::min({batch, images_prepared(call->planes), kMostUnits / n_models});
     if (!to_images(paired)) {
       call->images = std::min(call->images, std::max<std::int64_t>(1, kMostGradients / (gradient * n_models)));
     }
@@ -284,7 +321,7 @@ struct Bank::State {
       const Status status = plan_plains(device, true, units(packed.plains, call->images, paired), &call->plains);
       if (status != Status::ok) return status;
     }
-    call->bytes = kCounters + std::max(bytes_of(call->heads), bytes_of(call->plains));
+    add_prepared(call);
     if (!to_images(paired)) {
       call->head_parts = aligned(call->bytes);
       call->plain_parts =
@@ -309,24 +346,16 @@ struct Bank::State {
   }
 
   // Everything of a kernel's task that does not depend on which kernel it is.
-  UnitsRef units_ref(const ImagesView& images, const std::int64_t* pairs, const Place& place, const Plan& plan,
+  UnitsRef units_ref(const ImagesView& images, const std::int64_t* pairs, const Place& place, const Call& call,
                      bool heads, std::int64_t first_image, std::int64_t count) const {
+    const Plan& plan = heads ? call.heads : call.plains;
     const PackedHeader& header = packed.header();
     const auto* bytes = static_cast<const unsigned char*>(place.packed);
     auto* workspace = static_cast<unsigned char*>(place.workspace);
     const std::vector<std::int32_t>& models = heads ? packed.heads : packed.plains;
-    const std::int64_t plane = images.height * images.width;
-    const bool nhwc = images.layout == ImageLayout::nhwc;
     UnitsRef u;
     u.bank = {bytes};
-    u.images = {images.data,
-                images.type == PixelType::u8 ? 1 : 0,
-                static_cast<std::int32_t>(images.height),
-                static_cast<std::int32_t>(images.width),
-                3 * plane,
-                nhwc ? 3 * images.width : images.width,
-                nhwc ? 3 : 1,
-                nhwc ? 1 : plane};
+    u.images = images_ref(images);
     u.pairs = pairs;
     u.order = reinterpret_cast<const std::int32_t*>(bytes + (heads ? header.head_order : header.plain_order));
     u.count = static_cast<std::int32_t>(models.size());
@@ -337,7 +366,28 @@ struct Bank::State {
     u.areas = workspace + kCounters + plan.arrivals;
     u.area_bytes = plan.area;
     u.shared_bytes = plan.shared;
+    u.prepared = workspace + call.prepared;
+    u.planes = call.planes;
     return u;
+  }
+
+  // Before the first kernel of a round: counters at zero, images prepared.
+  Status begin_round(const ImagesView& images, const Place& place, const Call& call, std::int64_t first_image,
+                     std::int64_t count) const {
+    const auto stream = static_cast<cudaStream_t>(place.stream);
+    auto* workspace = static_cast<unsigned char*>(place.workspace);
+    const std::int64_t zeros = kCounters + std::max(call.heads.arrivals, call.plains.arrivals);
+    const Status status =
+        check(cudaMemsetAsync(workspace, 0, static_cast<std::size_t>(zeros), stream), "cudaMemsetAsync");
+    if (status != Status::ok || packed.heads.empty()) return status;
+    ImagesTask task;
+    task.images = images_ref(images);
+    task.bank = {static_cast<const unsigned char*>(place.packed)};
+    task.first_image = first_image;
+    task.batch = count;
+    task.planes = call.planes;
+    task.prepared = reinterpret_cast<std::uint32_t*>(workspace + call.prepared);
+    return launch_images(task, grid_of(count * (images.height + 4) * (kPreparedRow / 2)), stream);
   }
 };
 
@@ -353,22 +403,23 @@ Status Bank::make(const BankView& host, std::unique_ptr<Bank>* bank) {
 
 const std::vector<unsigned char>& Bank::packed() const { return state_->packed.bytes; }
 
-Status Bank::forward_workspace(int device, std::int64_t batch, bool paired, Precision precision,
+Status Bank::forward_workspace(int device, PixelType type, std::int64_t batch, bool paired, Precision precision,
                                std::int64_t* bytes) const {
   *bytes = 0;
   if (batch <= 0) return Status::ok;
   Call call;
-  const Status status = state_->plan_forward(device, batch, paired, precision, &call);
+  const Status status = state_->plan_forward(device, type, batch, paired, precision, &call);
   *bytes = call.bytes;
   return status;
 }
 
-Status Bank::gradient_workspace(int device, std::int64_t batch, bool paired, std::int64_t* bytes) const {
+Status Bank::gradient_workspace(int device, PixelType type, std::int64_t batch, bool paired,
+                                std::int64_t* bytes) const {
   *bytes = 0;
   if (batch <= 0) return Status::ok;
   Call call;
   bool rings_shared = false;
-  const Status status = state_->plan_gradient(device, batch, paired, &rings_shared, &call);
+  const Status status = state_->plan_gradient(device, type, batch, paired, &rings_shared, &call);
   *bytes = call.bytes;
   return status;
 }
@@ -378,7 +429,7 @@ Status Bank::forward(const BankForwardArgs& args, const Place& place) const {
   const bool paired = args.pairs != nullptr;
   Call call;
   Status status = Status::ok;
-  if (batch > 0) status = state_->plan_forward(place.device, batch, paired, args.precision, &call);
+  if (batch > 0) status = state_->plan_forward(place.device, args.images.type, batch, paired, args.precision, &call);
   if (status == Status::ok) status = state_->check_images(args.images, place, call.bytes);
   if (status != Status::ok || batch == 0) return status;
   const DeviceGuard guard(place.device);
@@ -386,17 +437,17 @@ Status Bank::forward(const BankForwardArgs& args, const Place& place) const {
   const auto stream = static_cast<cudaStream_t>(place.stream);
   for (std::int64_t first = 0; first < batch; first += call.images) {
     const std::int64_t count = std::min(call.images, batch - first);
+    status = state_->begin_round(args.images, place, call, first, count);
+    if (status != Status::ok) return status;
     for (const bool heads : {true, false}) {
       const Plan& plan = heads ? call.heads : call.plains;
       if (plan.grid == 0) continue;
       ForwardTask task;
-      task.units = state_->units_ref(args.images, args.pairs, place, plan, heads, first, count);
+      task.units = state_->units_ref(args.images, args.pairs, place, call, heads, first, count);
       task.responses = args.responses;
       task.bands = plan.bands;
       task.arrivals = reinterpret_cast<std::uint32_t*>(static_cast<unsigned char*>(place.workspace) + kCounters);
-      status = check(cudaMemsetAsync(place.workspace, 0, static_cast<std::size_t>(kCounters + plan.arrivals), stream),
-                     "cudaMemsetAsync");
-      if (status == Status::ok) status = launch_forward(plan.variant, task, plan.grid, stream);
+      status = launch_forward(plan.variant, task, plan.grid, stream);
       if (status != Status::ok) return status;
     }
   }
@@ -409,7 +460,7 @@ Status Bank::gradient(const BankGradientArgs& args, const Place& place) const {
   Call call;
   bool rings_shared = false;
   Status status = Status::ok;
-  if (batch > 0) status = state_->plan_gradient(place.device, batch, paired, &rings_shared, &call);
+  if (batch > 0) status = state_->plan_gradient(place.device, args.images.type, batch, paired, &rings_shared, &call);
   if (status == Status::ok) status = state_->check_images(args.images, place, call.bytes);
   if (status != Status::ok || batch == 0) return status;
   const DeviceGuard guard(place.device);
@@ -420,10 +471,12 @@ Status Bank::gradient(const BankGradientArgs& args, const Place& place) const {
   for (std::int64_t first = 0; first < batch; first += call.images) {
     const std::int64_t count = std::min(call.images, batch - first);
     GradientTask task;
+    status = state_->begin_round(args.images, place, call, first, count);
+    if (status != Status::ok) return status;
     for (const bool heads : {true, false}) {
       const Plan& plan = heads ? call.heads : call.plains;
       if (plan.grid == 0) continue;
-      task.units = state_->units_ref(args.images, args.pairs, place, plan, heads, first, count);
+      task.units = state_->units_ref(args.images, args.pairs, place, call, heads, first, count);
       task.cotangent = args.cotangent;
       task.responses = args.responses;
       task.to_images = state_->to_images(paired) ? 1 : 0;
@@ -450,9 +503,7 @@ Status Bank::gradient(const BankGradientArgs& args, const Place& place) const {
     sum.n_models = packed.header().n_models;
     sum.heads = static_cast<std::int32_t>(packed.heads.size());
     sum.plains = static_cast<std::int32_t>(packed.plains.size());
-    const std::int64_t numbers = count * args.images.height * args.images.width * 3;
-    const auto grid = static_cast<int>(std::min<std::int64_t>((numbers + kPlainThreads - 1) / kPlainThreads, 1 << 14));
-    status = launch_sum(sum, grid, stream);
+    status = launch_sum(sum, grid_of(count * args.images.height * args.images.width * 3), stream);
     if (status != Status::ok) return status;
   }
   return Status::ok;

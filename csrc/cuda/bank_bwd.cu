@@ -51,7 +51,8 @@ __global__ __launch_bounds__(Exact::kThreads, Exact::kBlocks) void bank_bwd_kern
       if (threadIdx.x == 0) {
         const GradientArea at = gradient_area(model);
         unsigned char* area = area_of(u, blockIdx.x);
-        job.image = unit.image;
+        job.image = prepared_image(u, unit.image);
+        job.planes = u.planes;
         job.begin = 0;
         job.end = model.height / 4;
         job.masks = back.masks = {area + at.mask1, area + at.mask2};

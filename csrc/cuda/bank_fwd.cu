@@ -26,7 +26,8 @@ __global__ __launch_bounds__(Numbers::kThreads, Numbers::kBlocks) void bank_fwd_
     const ModelRecord& model = u.bank.model(unit.model);
     if (threadIdx.x == 0) {
       const LayerRecord& third = model.layers[kAfterHead - 1];
-      job.image = unit.image;
+      job.image = prepared_image(u, unit.image);
+      job.planes = u.planes;
       job.begin = static_cast<int>(third.out_h * unit.band) / task.bands;
       job.end = static_cast<int>(third.out_h * (unit.band + 1)) / task.bands;
       constexpr int head_bytes = HeadShape<Numbers>::kBytes;

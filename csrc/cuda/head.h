@@ -3,8 +3,7 @@
 // One step takes kRows rows of the first map, in four phases with a barrier after each:
 //
 //   first    rows of the first map, kRows x width pixels x 80 x channels, as products on tensor cores. A operands are read
-//            from image rows that are kept twice, the second copy one number further, so that every pair of neighbours
-//            lies in one aligned word.
+//            from rows of a prepared image (images.h).
 //   spread1  depthwise layer of stride 2: every thread owns a pair of channels and kColumns output columns, reads a row
 //            once and adds it to the sums of the two or three output rows it belongs to. Only those sums live on.
 //   mix1     pointwise layer for the rows that are complete, on tensor cores.
@@ -99,10 +98,10 @@ struct HeadShape {
   static constexpr int kColumns = Numbers::kColumns, kRows = Numbers::kRows, kPlanes = Numbers::kPlanes;
   static constexpr int kWidth1 = kMaxWidth / 2, kWidth2 = kMaxWidth / 4;
 
-  // Image: words of one copy of a row, of which 3 * 112 + 13 halves are read; two copies to a row, an odd multiple of 16
-  // words apart (see `first_tiles`); rows of one plane.
-  static constexpr int kCopyWords = 176;
-  static constexpr int kImagePlane = (kRows + 4) * 2 * kCopyWords;
+  // Prepared image: words of one copy of a row, of which 3 * 112 + 13 halves are read; two copies to a row, an odd multiple
+  // of 16 words apart (see `first_tiles`); words of the rows of one plane.
+  static constexpr int kCopyWords = kPreparedRow / 2;
+  static constexpr int kImagePlane = (kRows + 4) * kPreparedRow;
   static_assert(2 * kCopyWords >= 3 * kMaxWidth + 14 && kCopyWords % 32 == 16, "first_tiles reads that far");
 
   // Maps: pairs per pixel, pixels per row with margins of zeros.
@@ -143,44 +142,21 @@ __device__ __forceinline__ std::uint32_t mask_byte(float x, float y, int lane) {
   return byte;
 }
 
-// Image rows y - 2 .. y + kRows + 1, from column -2 on, as halves. The padding is zero after recentring; levels are kept
-// minus the *rounded* mean, which is exact, so their padding is what rounding the mean took away.
+// Starts to fetch image rows y - 2 .. y + kRows + 1 from a prepared image (images.h); every thread waits for its part
+// before the next barrier. Rows behind the image are left as they are: no row of the map needs them.
 template <class Numbers>
-__device__ __forceinline__ void fetch_rows(const ImagesRef& images, const float* mean, std::int64_t image, int y,
+__device__ __forceinline__ void fetch_rows(const uint4* prepared, int height, int planes, int y,
                                            unsigned char* shared) {
   using Shape = HeadShape<Numbers>;
-  std::uint32_t* to = reinterpret_cast<std::uint32_t*>(shared + Shape::kOperand1);
-  constexpr int count = (Numbers::kRows + 4) * Shape::kCopyWords;
-  for (int i = thread_index(); i < count; i += Numbers::kThreads) {
-    const int row = i / Shape::kCopyWords, word = i - row * Shape::kCopyWords;
-    const int image_y = y - 2 + row;
-    float v[3];
-#pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      const int at = 2 * word + j, column = at / 3, c = at - 3 * column, x = column - 2;
-      const bool inside = image_y >= 0 && image_y < images.height && x >= 0 && x < images.width;
-      if (images.is_u8) {
-        const float centre = rintf(mean[c]);
-        v[j] = mean[c] - centre;
-        if (inside) {
-          v[j] =
-              static_cast<float>(static_cast<const std::uint8_t*>(images.data)[images.offset(image, image_y, x, c)]) -
-              centre;
-        }
-      } else {
-        v[j] = inside ? static_cast<const float*>(images.data)[images.offset(image, image_y, x, c)] : 0.0f;
-      }
-    }
-    std::uint32_t* here = to + 2 * row * Shape::kCopyWords + word;
-    const __half2 even = __floats2half2_rn(v[0], v[1]), odd = __floats2half2_rn(v[1], v[2]);
-    here[0] = bits(even);
-    here[Shape::kCopyWords] = bits(odd);
-    if (Numbers::kExact && !images.is_u8) {
-      const float2 e = __half22float2(even), o = __half22float2(odd);
-      here[Shape::kImagePlane] = bits(__floats2half2_rn(v[0] - e.x, v[1] - e.y));
-      here[Shape::kImagePlane + Shape::kCopyWords] = bits(__floats2half2_rn(v[1] - o.x, v[2] - o.y));
-    }
+  constexpr int kChunks = kPreparedRow / 4;  // of 16 bytes in a row
+  const int chunks = min(Numbers::kRows + 4, height + 4 - y) * kChunks;
+  for (int plane = 0; plane < planes; ++plane) {
+    const uint4* from = prepared + (plane * (height + 4) + y) * kChunks;
+    unsigned char* to = shared + Shape::kOperand1 + 4 * plane * Shape::kImagePlane;
+#pragma unroll 1
+    for (int i = thread_index(); i < chunks; i += Numbers::kThreads) copy_async_16(to + 16 * i, from + i);
   }
+  copy_async_commit();
 }
 
 // Rows y .. y + kRows - 1 of the first map, kTiles tiles of eight channels from n0 on, by the warps of one parity.
@@ -416,7 +392,8 @@ __device__ __forceinline__ void clear_margins(Pair* rows, int used) {
 
 // What one call of run_head does: rows begin .. end - 1 of the third map [height / 4, width / 4, channels2] of one image.
 struct HeadJob {
-  std::int64_t image;
+  const uint4* image;  // prepared
+  std::int32_t planes;
   float* map;
   HeadMasks masks;
   std::int32_t begin, end;
@@ -444,7 +421,8 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
 
   // Step v holds rows kRows v .. of the first map; they complete rows kRows / 2 v - 1 .. of the second one.
   int v = max(0, (4 * job.begin - 3 + kRows) / kRows - 1);
-  fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * v, shared);
+  fetch_rows<Numbers>(job.image, height, job.planes, kRows * v, shared);
+  copy_async_wait<0>();
   __syncthreads();
 #pragma unroll 1
   for (; v <= (4 * job.end + 4) / kRows; ++v) {
@@ -491,6 +469,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
     }
     __syncthreads();
 
+    if (v < (4 * job.end + 4) / kRows) fetch_rows<Numbers>(job.image, height, job.planes, kRows * (v + 1), shared);
     int complete = -1;  // row of the third map whose operands are ready
     {
       const Share share(head.taps2, head.mix1.n_tiles * 4, Numbers::kColumns, width2);
@@ -515,9 +494,7 @@ __device__ __forceinline__ void run_head(const BankRef& bank, const ModelRecord&
       }
       if (Numbers::kParked) sums2.park(parked);
     }
-    if (v < (4 * job.end + 4) / kRows) {
-      fetch_rows<Numbers>(images, bank.header().mean, job.image, kRows * (v + 1), shared);
-    }
+    copy_async_wait<0>();
     __syncthreads();
 
     if (complete >= 0) {

@@ -1,6 +1,7 @@
 // Pairs of neighbouring channels, in the two precisions of a map between fused layers, and small device functions.
 #pragma once
 
+#include "images.h"
 #include "packed.h"
 
 namespace cortexloop::cuda {
@@ -60,23 +61,5 @@ __device__ __forceinline__ void store_operand(__half* to, int plane, float2 x) {
   *reinterpret_cast<__half2*>(to) = high;
   *reinterpret_cast<__half2*>(to + plane) = __floats2half2_rn(x.x - rounded.x, x.y - rounded.y);
 }
-
-// Images in device memory, by value.
-struct ImagesRef {
-  const void* data;
-  std::int32_t is_u8;
-  std::int32_t height, width;
-  std::int64_t stride_n, stride_y, stride_x, stride_c;  // in elements
-
-  __device__ __forceinline__ std::int64_t offset(std::int64_t image, int y, int x, int c) const {
-    return image * stride_n + y * stride_y + x * stride_x + c * stride_c;
-  }
-  // The recentred value.
-  __device__ __forceinline__ float value(std::int64_t image, int y, int x, int c, const float* mean) const {
-    const std::int64_t i = offset(image, y, x, c);
-    return is_u8 ? static_cast<float>(static_cast<const std::uint8_t*>(data)[i]) - mean[c]
-                 : static_cast<const float*>(data)[i];
-  }
-};
 
 }  // namespace cortexloop::cuda

@@ -23,7 +23,15 @@ struct UnitsRef {
   unsigned char* areas;
   std::int64_t area_bytes;
   std::int32_t shared_bytes;  // of a block
+
+  const unsigned char* prepared;  // the images of this round as heads read them, with this many planes each
+  std::int32_t planes;
 };
+
+__device__ __forceinline__ const uint4* prepared_image(const UnitsRef& u, std::int64_t image) {
+  return reinterpret_cast<const uint4*>(u.prepared +
+                                        (image - u.first_image) * prepared_bytes(u.images.height, u.planes));
+}
 
 __device__ __forceinline__ unsigned char* area_of(const UnitsRef& u, std::uint32_t index) {
   return u.areas + index * u.area_bytes;
@@ -69,6 +77,15 @@ __device__ __forceinline__ const Unit& draw(const UnitsRef& u, bool heads, std::
   __syncthreads();
   return unit;
 }
+
+// Prepares images first_image .. first_image + batch - 1.
+struct ImagesTask {
+  BankRef bank;
+  ImagesRef images;
+  std::int64_t first_image, batch;
+  std::int32_t planes;
+  std::uint32_t* prepared;
+};
 
 struct ForwardTask {
   UnitsRef units;
@@ -130,6 +147,7 @@ Status gradient_blocks(Variant variant, int shared_bytes, int* blocks);
 
 Status launch_forward(Variant variant, const ForwardTask& task, int grid, cudaStream_t stream);
 Status launch_gradient(Variant variant, const GradientTask& task, int grid, cudaStream_t stream);
+Status launch_images(const ImagesTask& task, int grid, cudaStream_t stream);
 Status launch_sum(const SumTask& task, int grid, cudaStream_t stream);
 
 }  // namespace cortexloop::cuda

@@ -147,8 +147,9 @@ class Bank {
   const std::vector<unsigned char>& packed() const;
 
   // Bytes of workspace that the calls need.
-  Status forward_workspace(int device, std::int64_t batch, bool paired, Precision precision, std::int64_t* bytes) const;
-  Status gradient_workspace(int device, std::int64_t batch, bool paired, std::int64_t* bytes) const;
+  Status forward_workspace(int device, PixelType type, std::int64_t batch, bool paired, Precision precision,
+                           std::int64_t* bytes) const;
+  Status gradient_workspace(int device, PixelType type, std::int64_t batch, bool paired, std::int64_t* bytes) const;
 
   Status forward(const BankForwardArgs& args, const Place& place) const;
   Status gradient(const BankGradientArgs& args, const Place& place) const;
