@@ -56,7 +56,7 @@ void solve(const Problem& p, const std::string& where) {
     std::vector<float> grad(p.grad_images.size(), -1.0f);
     for (const Precision precision : {Precision::fast, Precision::exact}) {
       std::int64_t bytes = 0;
-      expect_ok(bank->forward_workspace(0, p.batch, pairs != nullptr, precision, &bytes), where + form.name);
+      expect_ok(bank->forward_workspace(0, form.type, p.batch, pairs != nullptr, precision, &bytes), where + form.name);
       const DeviceMemory workspace(bytes, 0xff);
       expect_ok(bank->forward({{}, images, pairs, precision, responses.data()},
                               {packed.data(), workspace.data(), workspace.bytes(), 0, nullptr}),
@@ -64,7 +64,7 @@ void solve(const Problem& p, const std::string& where) {
     }
     expect_equal(responses, p.responses, where + form.name + " forward");
     std::int64_t bytes = 0;
-    expect_ok(bank->gradient_workspace(0, p.batch, pairs != nullptr, &bytes), where + form.name);
+    expect_ok(bank->gradient_workspace(0, form.type, p.batch, pairs != nullptr, &bytes), where + form.name);
     const DeviceMemory workspace(bytes, 0xff);
     expect_ok(bank->gradient({{}, images, pairs, p.cotangent.data(), grad.data(), again.data()},
                              {packed.data(), workspace.data(), workspace.bytes(), 0, nullptr}),

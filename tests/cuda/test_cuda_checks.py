@@ -66,8 +66,7 @@ def test_few_units_are_spread_over_the_device(emulated_cuda: ModuleType, emulate
         before = emulated_device["blocks"]
         bank.forward(inputs.images)
         blocks.append(emulated_device["blocks"] - before)
-    assert blocks[0] == 1
-    assert blocks[1] > len(inputs.bank)
+    assert blocks[1] - blocks[0] >= len(inputs.bank), "more blocks than models, beside those that prepare the image"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
@@ -125,7 +124,7 @@ def test_devices_of_every_shared_memory(
 
 
 def test_number_of_launches(emulated_cuda: ModuleType, emulated_device: Settings) -> None:
-    """Images are prepared, then one launch serves all models with a head; with a gradient, one more sums over models."""
+    """Images are prepared; then one launch serves models with a head, one all others; gradients are summed over models."""
     inputs = random(CASES[12])
     bank = EmulatedBank(emulated_cuda, inputs.bank)
     assert bank.note == ""
@@ -136,11 +135,12 @@ def test_number_of_launches(emulated_cuda: ModuleType, emulated_device: Settings
         return emulated_device["launches"] - before
 
     assert launches(functools.partial(bank.forward, inputs.images)) == 2
-    assert launches(functools.partial(bank.gradient, inputs.images, inputs.cotangent)) == 3
+    assert launches(functools.partial(bank.gradient, inputs.images, inputs.cotangent)) == 2
     mixed = random(CASES[14])
     bank = EmulatedBank(emulated_cuda, mixed.bank)
     assert "4 of 5 models are not of the published form" in bank.note
     assert launches(functools.partial(bank.forward, mixed.images)) == 3
+    assert launches(functools.partial(bank.gradient, mixed.images, mixed.cotangent)) == 4
 
 
 def test_a_failed_launch_names_the_kernel(emulated_cuda: ModuleType, emulated_device: Settings) -> None:
@@ -149,11 +149,11 @@ def test_a_failed_launch_names_the_kernel(emulated_cuda: ModuleType, emulated_de
     bank = EmulatedBank(emulated_cuda, inputs.bank)
     expected = bank.forward(inputs.images)
     emulated_device["fail_launch"] = 701
-    with pytest.raises(RuntimeError, match=r"bank_fwd_kernel<Exact> failed: too many resources requested for launch"):
+    with pytest.raises(RuntimeError, match=r"bank_\w+_kernel failed: too many resources requested for launch"):
         bank.forward(inputs.images)
     assert torch.equal(bank.forward(inputs.images), expected)
     emulated_device["fail_launch"] = 2
-    with pytest.raises(MemoryError, match=r"bank_bwd_kernel(<\w+>)? failed: out of memory"):
+    with pytest.raises(MemoryError, match=r"bank_\w+_kernel failed: out of memory"):
         bank.gradient(inputs.images, inputs.cotangent)
     assert torch.equal(bank.gradient(inputs.images, inputs.cotangent)[1], expected)
 
