@@ -124,7 +124,7 @@ def test_devices_of_every_shared_memory(
 
 
 def test_number_of_launches(emulated_cuda: ModuleType, emulated_device: Settings) -> None:
-    """Images are prepared; then one launch serves models with a head, one all others; gradients are summed over models."""
+    """Images are prepared; one launch serves models with a head, one all others; one sums gradients over models."""
     inputs = random(CASES[12])
     bank = EmulatedBank(emulated_cuda, inputs.bank)
     assert bank.note == ""
