@@ -19,9 +19,9 @@ namespace {
 constexpr int kOldestMajor = 8;
 constexpr std::int64_t kReserved = 1024;          // of a block's shared memory: CUDA's own and static variables
 constexpr std::int64_t kCounters = 256;           // bytes: heads draw from the first number, the others from the 32nd
-constexpr std::int64_t kMostAreas = 512ll << 20;  // bytes; models one layer at a time may need megabytes each
-constexpr std::int64_t kMostGradients = 512ll << 20;  // bytes of gradients of single models held at a time
-constexpr std::int64_t kMostImages = 512ll << 20;     // bytes of prepared images held at a time
+constexpr std::int64_t kMostAreas = 256ll << 20;  // bytes; models one layer at a time may need megabytes each
+constexpr std::int64_t kMostGradients = 256ll << 20;  // bytes of gradients of single models held at a time
+constexpr std::int64_t kMostImages = 256ll << 20;     // bytes of prepared images held at a time
 constexpr std::int64_t kMostUnits = 1ll << 30;        // of one launch
 constexpr int kMostBands = 7;
 
