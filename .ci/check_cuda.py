@@ -86,6 +86,11 @@ def compile_for(nvcc: str, source: Path, architecture: str, folder: Path) -> tup
     return done.returncode == 0, done.stdout + done.stderr
 
 
+def architectures(source: Path) -> tuple[str, ...]:
+    """All, PTX included, for a file with kernels; one for a file that runs on the host, where they make no difference."""
+    return (*ARCHITECTURES, PTX) if "__global__" in source.read_text(encoding="utf-8") else ARCHITECTURES[:1]
+
+
 def short_names(mangled: list[str]) -> dict[str, str]:
     """Names without namespaces and parameters, as `bank_fwd_kernel<Fast, 4>`, where c++filt is at hand."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
@@ -142,7 +147,7 @@ def main() -> int:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         release = re.search(r"release .*", version)
         print(f"{nvcc}: {release[0] if release else version}")
-        jobs = [(source, a) for source in sources for a in (*ARCHITECTURES, PTX)]
+        jobs = [(source, a) for source in sources for a in architectures(source)]
         with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
             results = list(pool.map(lambda job: compile_for(nvcc, *job, Path(folder)), jobs))
     failed: dict[Path, tuple[list[str], str]] = {}  # architectures, the first one's output
