@@ -87,7 +87,7 @@ def compile_for(nvcc: str, source: Path, architecture: str, folder: Path) -> tup
 
 
 def architectures(source: Path) -> tuple[str, ...]:
-    """All, PTX included, for a file with kernels; one for a file that runs on the host, where they make no difference."""
+    """All, PTX included, for a file with kernels; one for a file of the host, where they make no difference."""
     return (*ARCHITECTURES, PTX) if "__global__" in source.read_text(encoding="utf-8") else ARCHITECTURES[:1]
 
 
