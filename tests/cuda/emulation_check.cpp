@@ -151,7 +151,7 @@ __global__ void faulty_kernel(int fault, int* out) {
   }
 }
 
-enum Race { kDynamic, kStatic, kWithinWarp, kBetweenBlocks, kUnaligned, kOrdered };
+enum Race { kDynamic, kStatic, kWithinWarp, kBetweenBlocks, kUnaligned, kConstant, kOrdered };
 
 // Wrong on purpose, all but the last way: threads read what others write, and nothing orders them.
 __global__ void race_kernel(int way, int* out) {
@@ -174,6 +174,11 @@ __global__ void race_kernel(int way, int* out) {
       break;
     case kBetweenBlocks:
       if (thread == 0) out[0] = static_cast<int>(blockIdx.x);
+      break;
+    case kConstant:
+      *own = 3;
+      __syncthreads();
+      out[200] = __ldg(own);
       break;
     case kUnaligned: *own = static_cast<int>(reinterpret_cast<const uint2*>(shared + 4)->y); break;
     default:

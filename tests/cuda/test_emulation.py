@@ -148,6 +148,7 @@ RACES = {
     "within a warp": "race: stores to byte 4 of dynamic shared memory .*, which thread 0 loaded .*thread 1]",
     "between blocks": "race: stores to the byte at .* of device memory .*, which thread 0 of another block stored to",
     "unaligned": "misaligned: address .* is not a multiple of 8, at emulation_check.cpp:[0-9]+ ",
+    "constant": r"the byte at .* is loaded by __ldg .emulation_check.cpp:[0-9]+. and stored to .emulation_check.cpp",
 }
 
 

@@ -101,6 +101,7 @@ void collective(Kind kind, std::uint32_t mask, void* operands, Site site);
 
 unsigned char* dynamic_shared();
 void fence();
+void load_constant(const void* address, std::size_t bytes, const void* from);
 void copy_async(void* shared, const void* global, int valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
@@ -205,10 +206,20 @@ inline void __threadfence_block() {}
 // Not inlined, so that a build with checks (races.h) does not see what they load and store.
 #define CORTEXLOOP_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
 
+// Hardware may answer __ldg from a cache that does not see what the launch has stored.
+#if defined(__SANITIZE_THREAD__)
+template <class T>
+CORTEXLOOP_UNCHECKED T __ldg(const T* pointer) {
+  cortexloop::emulation::load_constant(pointer, sizeof(T), __builtin_return_address(0));
+  return *pointer;
+}
+#else
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+#endif
+
 template <class T>
 T __ldcg(const T* pointer) {
   return *pointer;

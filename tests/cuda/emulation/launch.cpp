@@ -137,12 +137,15 @@ void collective(Kind kind, std::uint32_t mask, void* operands, Site site) {
     if (read && !self.in_shared(row, 16)) {
       self.stop(format("%s at %s: a row is not inside dynamic shared memory", name_of(kind), place(site).c_str()));
     }
-    if (read) races::touch(row, 16, false, __builtin_return_address(0));
+    if (read) races::touch(row, 16, races::Kind::load, __builtin_return_address(0));
   }
   self.wait(kind, mask, operands, site);
 }
 
 void fence() { races::fence(); }
+void load_constant(const void* address, std::size_t bytes, const void* from) {
+  races::touch(address, bytes, races::Kind::constant_load, from);
+}
 
 unsigned char* dynamic_shared() { return Block::active().shared(); }
 
@@ -153,7 +156,7 @@ void copy_async(void* shared, const void* global, int valid) {
   }
   if (!self.in_shared(shared, 16)) self.stop("copy_async_16: the target is not inside dynamic shared memory");
   if (valid < 0 || valid > 16) self.stop(format("copy_async_16: %d valid bytes, 0 to 16 expected", valid));
-  races::touch(shared, 16, true, __builtin_return_address(0));
+  races::touch(shared, 16, races::Kind::store, __builtin_return_address(0));
   self.thread().open_copies.push_back({shared, global, valid});
 }
 
@@ -168,8 +171,8 @@ void copy_async_wait(int pending) {
   auto& groups = Block::active().thread().copy_groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
-      races::touch(copy.shared, 16, true, __builtin_return_address(0));
-      races::touch(copy.global, static_cast<std::size_t>(copy.valid), false, __builtin_return_address(0));
+      races::touch(copy.shared, 16, races::Kind::store, __builtin_return_address(0));
+      races::touch(copy.global, static_cast<std::size_t>(copy.valid), races::Kind::load, __builtin_return_address(0));
       std::memset(copy.shared, 0, 16);
       std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.valid));
     }

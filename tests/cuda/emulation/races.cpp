@@ -30,6 +30,7 @@ struct Access {
 struct Byte {
   Access store;
   Access loads[2];
+  Access constant;  // the last __ldg
 };
 
 constexpr std::size_t kChunk = 64;
@@ -133,6 +134,11 @@ std::string code_at(const void* from) {
                     code_at(before.from).c_str()));
 }
 
+[[noreturn]] void report_constant(const void* address, const Access& load, const Access& store) {
+  Block::active().stop(format("the byte at %p is loaded by __ldg (%s) and stored to (%s) in one launch", address,
+                              code_at(load.from).c_str(), code_at(store.from).c_str()));
+}
+
 }  // namespace
 
 void launch_begins() {
@@ -155,10 +161,11 @@ void fence() {
   if (enabled) fences[clock_of_block.number].push_back(++now);
 }
 
-void touch(const void* address, std::size_t bytes, bool store, const void* from) {
+void touch(const void* address, std::size_t bytes, Kind kind, const void* from) {
   if (!enabled || !Block::in_kernel()) return;
   Block& block = Block::active();
   if (block.on_stack(address)) return;
+  const bool store = kind == Kind::store;
   const int thread = block.current();
   const auto warp = static_cast<std::size_t>(thread / kWarp);
   const Access access{
@@ -168,6 +175,9 @@ void touch(const void* address, std::size_t bytes, bool store, const void* from)
     const auto number = reinterpret_cast<std::uintptr_t>(at);
     Byte& byte = memory[number / kChunk][number % kChunk];
     if (conflict(byte.store, access, at)) report(at, byte.store, true, access, store);
+    if (kind == Kind::constant_load && byte.store.block != 0) report_constant(at, access, byte.store);
+    if (store && byte.constant.block != 0) report_constant(at, byte.constant, access);
+    if (kind == Kind::constant_load) byte.constant = access;
     if (store) {
       for (const Access& load : byte.loads) {
         if (conflict(load, access, at)) report(at, load, false, access, true);
@@ -193,24 +203,32 @@ void touch(const void* address, std::size_t bytes, bool store, const void* from)
 namespace races = cortexloop::emulation::races;
 
 #define CALLER __builtin_return_address(0)
-#define ACCESS(kind, store, bytes)                                                                              \
-  extern "C" void __tsan_##kind##bytes(void* address) { races::touch(address, bytes, store, CALLER); }          \
-  extern "C" void __tsan_volatile_##kind##bytes(void* address) { races::touch(address, bytes, store, CALLER); } \
-  extern "C" void __tsan_unaligned_##kind##bytes(void* address) { races::touch(address, bytes, store, CALLER); }
+#define ACCESS(name, kind, bytes)                                                                                  \
+  extern "C" void __tsan_##name##bytes(void* address) { races::touch(address, bytes, races::Kind::kind, CALLER); } \
+  extern "C" void __tsan_volatile_##name##bytes(void* address) {                                                   \
+    races::touch(address, bytes, races::Kind::kind, CALLER);                                                       \
+  }                                                                                                                \
+  extern "C" void __tsan_unaligned_##name##bytes(void* address) {                                                  \
+    races::touch(address, bytes, races::Kind::kind, CALLER);                                                       \
+  }
 
-ACCESS(read, false, 1)
-ACCESS(read, false, 2)
-ACCESS(read, false, 4)
-ACCESS(read, false, 8)
-ACCESS(read, false, 16)
-ACCESS(write, true, 1)
-ACCESS(write, true, 2)
-ACCESS(write, true, 4)
-ACCESS(write, true, 8)
-ACCESS(write, true, 16)
+ACCESS(read, load, 1)
+ACCESS(read, load, 2)
+ACCESS(read, load, 4)
+ACCESS(read, load, 8)
+ACCESS(read, load, 16)
+ACCESS(write, store, 1)
+ACCESS(write, store, 2)
+ACCESS(write, store, 4)
+ACCESS(write, store, 8)
+ACCESS(write, store, 16)
 
-extern "C" void __tsan_read_range(void* address, std::size_t bytes) { races::touch(address, bytes, false, CALLER); }
-extern "C" void __tsan_write_range(void* address, std::size_t bytes) { races::touch(address, bytes, true, CALLER); }
+extern "C" void __tsan_read_range(void* address, std::size_t bytes) {
+  races::touch(address, bytes, races::Kind::load, CALLER);
+}
+extern "C" void __tsan_write_range(void* address, std::size_t bytes) {
+  races::touch(address, bytes, races::Kind::store, CALLER);
+}
 extern "C" void __tsan_init() { races::enabled = true; }
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}

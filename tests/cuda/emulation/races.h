@@ -3,7 +3,7 @@
 // Compiled with -fsanitize=thread, a kernel calls __tsan_read4 and the like before every access. Here they are not
 // ThreadSanitizer's (the build does not link it): two accesses to a byte by different threads, one of them a store,
 // must be separated by __syncthreads, or within a warp by __syncwarp; between blocks by a __threadfence of each. Other
-// warp instructions order nothing, atomics are exempt. With -fsanitize=alignment, an address that is not as aligned as its
+// warp instructions order nothing, atomics are exempt. A byte that is loaded by __ldg is stored to nowhere in the launch. With -fsanitize=alignment, an address that is not as aligned as its
 // type is reported too.
 #pragma once
 
@@ -17,7 +17,9 @@ void barrier_passed();
 void warp_synced(int warp);
 void fence();
 
-// The current thread reads or writes; `from` is the address of the code. Does nothing in a build without checks.
-void touch(const void* address, std::size_t bytes, bool store, const void* from);
+enum class Kind { load, constant_load, store };  // a constant load takes memory that the launch stores nothing to
+
+// An access of the current thread; `from` is the address of the code. Does nothing in a build without checks.
+void touch(const void* address, std::size_t bytes, Kind kind, const void* from);
 
 }  // namespace cortexloop::emulation::races
