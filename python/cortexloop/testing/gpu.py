@@ -267,12 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the sources, where they have no history; '-dirty' behind it if changed")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, on small cases")
     options = parser.parse_args(arguments)
-    if not (ROOT / "tests" / "gpu").is_dir():
-        parser.error(f"{ROOT} is no checkout of cortexloop: it has no tests/gpu")
     wanted = options.only.split(",")
     unknown = sorted(set(wanted) - set(STAGES))
     if unknown:
         parser.error(f"no stage named {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if not (ROOT / "tests" / "gpu").is_dir():
+        parser.error(f"{ROOT} is no checkout of cortexloop: it has no tests/gpu")
     rehearse = options.rehearse
     runner = Runner(options.out.resolve(), 60 * options.minutes)
     if "build" in wanted and not runner.run(build_stage(options.architectures, rehearse=rehearse)).good:
