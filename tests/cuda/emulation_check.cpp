@@ -151,7 +151,7 @@ __global__ void faulty_kernel(int fault, int* out) {
   }
 }
 
-enum Race { kDynamic, kStatic, kWithinWarp, kBetweenBlocks, kUnaligned, kConstant, kOrdered };
+enum Race { kDynamic, kStatic, kWithinWarp, kBetweenBlocks, kUnaligned, kConstant, kCopy, kOrdered };
 
 // Wrong on purpose, all but the last way: threads read what others write, and nothing orders them.
 __global__ void race_kernel(int way, int* out) {
@@ -174,6 +174,11 @@ __global__ void race_kernel(int way, int* out) {
       break;
     case kBetweenBlocks:
       if (thread == 0) out[0] = static_cast<int>(blockIdx.x);
+      break;
+    case kCopy:
+      copy_async_16(values + 4 * (thread % 32), out + 208 - reinterpret_cast<std::uintptr_t>(out) / 4 % 4);
+      __syncthreads();
+      *own = values[thread];
       break;
     case kConstant:
       *own = 3;

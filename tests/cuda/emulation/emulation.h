@@ -101,6 +101,7 @@ void collective(Kind kind, std::uint32_t mask, void* operands, Site site);
 
 unsigned char* dynamic_shared();
 void fence();
+void atomic(const void* address);
 void load_constant(const void* address, std::size_t bytes, const void* from);
 void copy_async(void* shared, const void* global, int valid);
 void copy_async_commit();
@@ -238,30 +239,35 @@ void __stcs(T* pointer, T value) {
 }
 template <class T>
 CORTEXLOOP_UNCHECKED T atomicAdd(T* address, T value) {
+  cortexloop::emulation::atomic(address);
   const T before = *address;
   *address = before + value;
   return before;
 }
 template <class T>
 CORTEXLOOP_UNCHECKED T atomicMax(T* address, T value) {
+  cortexloop::emulation::atomic(address);
   const T before = *address;
   *address = before < value ? value : before;
   return before;
 }
 template <class T>
 CORTEXLOOP_UNCHECKED T atomicMin(T* address, T value) {
+  cortexloop::emulation::atomic(address);
   const T before = *address;
   *address = value < before ? value : before;
   return before;
 }
 template <class T>
 CORTEXLOOP_UNCHECKED T atomicExch(T* address, T value) {
+  cortexloop::emulation::atomic(address);
   const T before = *address;
   *address = value;
   return before;
 }
 template <class T>
 CORTEXLOOP_UNCHECKED T atomicCAS(T* address, T compare, T value) {
+  cortexloop::emulation::atomic(address);
   const T before = *address;
   if (before == compare) *address = value;
   return before;

@@ -143,6 +143,7 @@ void collective(Kind kind, std::uint32_t mask, void* operands, Site site) {
 }
 
 void fence() { races::fence(); }
+void atomic(const void* address) { races::atomic(address); }
 void load_constant(const void* address, std::size_t bytes, const void* from) {
   races::touch(address, bytes, races::Kind::constant_load, from);
 }
@@ -156,7 +157,7 @@ void copy_async(void* shared, const void* global, int valid) {
   }
   if (!self.in_shared(shared, 16)) self.stop("copy_async_16: the target is not inside dynamic shared memory");
   if (valid < 0 || valid > 16) self.stop(format("copy_async_16: %d valid bytes, 0 to 16 expected", valid));
-  races::touch(shared, 16, races::Kind::store, __builtin_return_address(0));
+  races::copy_begins(shared, 16, __builtin_return_address(0));
   self.thread().open_copies.push_back({shared, global, valid});
 }
 
@@ -171,6 +172,7 @@ void copy_async_wait(int pending) {
   auto& groups = Block::active().thread().copy_groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
+      races::copy_ends(copy.shared, 16);
       races::touch(copy.shared, 16, races::Kind::store, __builtin_return_address(0));
       races::touch(copy.global, static_cast<std::size_t>(copy.valid), races::Kind::load, __builtin_return_address(0));
       std::memset(copy.shared, 0, 16);

@@ -1,5 +1,6 @@
 #include "races.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -31,6 +32,25 @@ struct Byte {
   Access store;
   Access loads[2];
   Access constant;  // the last __ldg
+  Access copy;      // the asynchronous copy that is under way, if its block is the one that runs
+};
+
+struct Moment {
+  std::uint64_t time;
+  std::uint32_t epoch;
+};
+
+struct Atomic {
+  const void* address;
+  int thread;
+  std::uint64_t time;
+  std::uint32_t epoch;
+};
+
+// What a block has done that orders its accesses against those of other blocks.
+struct History {
+  std::vector<std::vector<Moment>> fences = std::vector<std::vector<Moment>>(1024);  // by thread, in order of time
+  std::vector<Atomic> atomics;                                                       // likewise
 };
 
 constexpr std::size_t kChunk = 64;
@@ -47,7 +67,7 @@ struct BlockClock {
 thread_local BlockClock clock_of_block;
 // Only the block that runs touches these (launch.cpp).
 std::unordered_map<std::uintptr_t, Chunk> memory;
-std::map<std::uint32_t, std::vector<std::uint64_t>> fences;
+std::map<std::uint32_t, History> histories;
 std::uint64_t now = 0;
 std::uint32_t n_blocks = 0;
 
@@ -84,19 +104,51 @@ bool private_to_block(const void* address) {
          (byte >= clock_of_block.statics_begin && byte < clock_of_block.statics_end);
 }
 
-// Whether the storing or loading block has fenced after `before`, and this one later.
-bool fenced(const Access& before, std::uint32_t block) {
-  const auto own = fences.find(block);
-  if (own == fences.end()) return false;
-  for (const std::uint64_t time : fences[before.block]) {
-    if (time > before.time && time < own->second.back()) return true;
+// Whether `thread` of a block fenced between two times, between its barriers number `from` and `to`.
+bool fenced(const History& history, int thread, std::uint64_t after, std::uint64_t before, std::uint32_t from = 0,
+            std::uint32_t to = ~0u) {
+  const auto& fences = history.fences[static_cast<std::size_t>(thread)];
+  auto fence = std::upper_bound(fences.begin(), fences.end(), after,
+                                [](std::uint64_t time, const Moment& moment) { return time < moment.time; });
+  for (; fence != fences.end() && fence->time < before; ++fence) {
+    if (fence->epoch >= from && fence->epoch < to) return true;
+  }
+  return false;
+}
+
+// Whether a later atomic of its block makes an access visible to whoever sees the atomic.
+bool released(const History& history, const Access& access, const Atomic& by) {
+  if (by.time < access.time) return false;
+  if (by.thread == access.thread) return fenced(history, access.thread, access.time, by.time);
+  return by.epoch > access.epoch && (fenced(history, access.thread, access.time, by.time, 0, by.epoch) ||
+                                     fenced(history, by.thread, access.time, by.time, access.epoch + 1));
+}
+
+// Whether an access sees what an earlier atomic of its block saw.
+bool acquired(const History& history, const Access& access, const Atomic& by) {
+  if (by.time > access.time) return false;
+  if (by.thread == access.thread) return fenced(history, access.thread, by.time, access.time);
+  return access.epoch > by.epoch && (fenced(history, access.thread, by.time, access.time, by.epoch + 1) ||
+                                     fenced(history, by.thread, by.time, access.time, 0, access.epoch));
+}
+
+bool ordered_between_blocks(const Access& before, const Access& access) {
+  const History& theirs = histories[before.block];
+  const History& ours = histories[access.block];
+  for (const Atomic& release : theirs.atomics) {
+    if (!released(theirs, before, release)) continue;
+    for (const Atomic& acquire : ours.atomics) {
+      if (acquire.address == release.address && acquire.time > release.time && acquired(ours, access, acquire)) {
+        return true;
+      }
+    }
   }
   return false;
 }
 
 bool conflict(const Access& before, const Access& access, const void* address) {
   if (before.block == 0) return false;
-  if (before.block != access.block) return !private_to_block(address) && !fenced(before, access.block);
+  if (before.block != access.block) { return !private_to_block(address) && !ordered_between_blocks(before, access); }
   if (before.thread == access.thread || before.epoch != access.epoch) return false;
   return before.thread / kWarp != access.thread / kWarp || before.warp_epoch == access.warp_epoch;
 }
@@ -129,7 +181,7 @@ std::string code_at(const void* from) {
                                                         : format("the byte at %p of device memory", address);
   const std::string who = before.block == access.block ? format("thread %d", before.thread)
                                                        : format("thread %d of another block", before.thread);
-  block.stop(format("race: %s %s (%s), which %s %s (%s), and no barrier is in between", stores ? "stores to" : "loads",
+  block.stop(format("race: %s %s (%s), which %s %s (%s), and nothing orders the two", stores ? "stores to" : "loads",
                     where.c_str(), code_at(access.from).c_str(), who.c_str(), stored ? "stored to" : "loaded",
                     code_at(before.from).c_str()));
 }
@@ -139,11 +191,16 @@ std::string code_at(const void* from) {
                               code_at(load.from).c_str(), code_at(store.from).c_str()));
 }
 
+Byte& byte_at(const unsigned char* address) {
+  const auto number = reinterpret_cast<std::uintptr_t>(address);
+  return memory[number / kChunk][number % kChunk];
+}
+
 }  // namespace
 
 void launch_begins() {
   memory.clear();
-  fences.clear();
+  histories.clear();
   n_blocks = 0;
 }
 
@@ -158,7 +215,27 @@ void warp_synced(int warp) {
   if (enabled) ++clock_of_block.warp_epochs[static_cast<std::size_t>(warp)];
 }
 void fence() {
-  if (enabled) fences[clock_of_block.number].push_back(++now);
+  if (!enabled) return;
+  const auto thread = static_cast<std::size_t>(Block::active().current());
+  histories[clock_of_block.number].fences[thread].push_back({++now, clock_of_block.epoch});
+}
+void atomic(const void* address) {
+  if (!enabled) return;
+  histories[clock_of_block.number].atomics.push_back({address, Block::active().current(), ++now, clock_of_block.epoch});
+}
+
+void copy_begins(const void* shared, std::size_t bytes, const void* from) {
+  touch(shared, bytes, Kind::store, from);
+  if (!enabled) return;
+  for (std::size_t i = 0; i < bytes; ++i) {
+    Byte& byte = byte_at(static_cast<const unsigned char*>(shared) + i);
+    byte.copy = byte.store;
+  }
+}
+
+void copy_ends(const void* shared, std::size_t bytes) {
+  if (!enabled) return;
+  for (std::size_t i = 0; i < bytes; ++i) byte_at(static_cast<const unsigned char*>(shared) + i).copy.block = 0;
 }
 
 void touch(const void* address, std::size_t bytes, Kind kind, const void* from) {
@@ -172,8 +249,11 @@ void touch(const void* address, std::size_t bytes, Kind kind, const void* from) 
       clock_of_block.number, clock_of_block.epoch, clock_of_block.warp_epochs[warp], thread, ++now, from};
   for (std::size_t i = 0; i < bytes; ++i) {
     const auto* at = static_cast<const unsigned char*>(address) + i;
-    const auto number = reinterpret_cast<std::uintptr_t>(at);
-    Byte& byte = memory[number / kChunk][number % kChunk];
+    Byte& byte = byte_at(at);
+    if (byte.copy.block == access.block) {
+      block.stop(format("%s touches byte %td of dynamic shared memory while a copy to it (%s) is under way",
+                        code_at(from).c_str(), at - block.shared(), code_at(byte.copy.from).c_str()));
+    }
     if (conflict(byte.store, access, at)) report(at, byte.store, true, access, store);
     if (kind == Kind::constant_load && byte.store.block != 0) report_constant(at, access, byte.store);
     if (store && byte.constant.block != 0) report_constant(at, byte.constant, access);
