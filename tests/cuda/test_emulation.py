@@ -143,7 +143,7 @@ def test_schedules_show_a_race(library: ctypes.CDLL, settings: emulated_build.Se
 
 
 RACES = {
-    "dynamic": "race: stores to byte 128 of dynamic shared memory .*, which thread 0 loaded .*nothing orders.*thread 32]",
+    "dynamic": "race: stores to byte 128 of dynamic shared memory .*, which thread 0 loaded .*nothing.*thread 32]",
     "static": "race: stores to a byte of static shared memory .*, which thread 0 loaded",
     "within a warp": "race: stores to byte 4 of dynamic shared memory .*, which thread 0 loaded .*thread 1]",
     "between blocks": "race: stores to the byte at .* of device memory .*, which thread 0 of another block stored to",
