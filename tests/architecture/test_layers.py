@@ -28,6 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {*LEAVES, "backends"},
     # the number of threads is a property of the compiled module
     "functional": {*LEAVES, "ops", "_native"},
+    # a layer of any network, or of a bank
+    "features": {*LEAVES, "functional"},
+    "readouts": {*LEAVES, "functional"},
+    "regression": {*LEAVES, "functional"},
+    "factor": {*LEAVES, "functional", "features", "readouts", "regression", "metrics", "io"},
+    "attribution": {*LEAVES, "functional", "features"},
     # Plan binds pointers once instead of going through the operators
     "realtime": {*LEAVES, "functional", "ops", "_native"},
     "synthesis": {*LEAVES, "functional"},
@@ -46,6 +52,11 @@ ALLOWED: dict[str, set[str]] = {
         "synthesis",
         "screening",
         "evolve",
+        "features",
+        "readouts",
+        "regression",
+        "factor",
+        "attribution",
         "testing",
         "_native",
         "__init__",
@@ -62,6 +73,11 @@ ALLOWED: dict[str, set[str]] = {
         "synthesis",
         "screening",
         "evolve",
+        "features",
+        "readouts",
+        "regression",
+        "factor",
+        "attribution",
         "testing",
     },
 }
@@ -70,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
 FOREIGN: dict[str, set[str]] = {
     "torch": {
         "bank", "images", "_device", "_native", "models", "backends", "ops", "functional", "realtime", "synthesis",
-        "evolve", "testing", "cli",
+        "evolve", "features", "readouts", "regression", "factor", "attribution", "testing", "cli",
     },
     "h5py": {"io"},
     "safetensors": {"io"},

@@ -116,9 +116,7 @@ def test_the_backend_says_why_not(fake_cuda: FakeCuda) -> None:
     assert reason(device="meta") == "the CUDA kernels work in GPU memory, the images are on meta"
     assert reason(dtype=torch.float64) == "the CUDA kernels take uint8 and float32 images, these are float64"
     assert reason(index=1) == "there is no GPU number 1, this machine has 1"
-    assert reason(op="sample_codes") == (
-        "the CUDA kernels evaluate banks, plain torch works on populations of codes on a GPU"
-    )
+    assert reason(op="sample_codes") == ("there is no CUDA kernel for sample_codes")
     fake_cuda.too_old = "Tesla K80 has compute capability 3.7, the CUDA kernels need 8.0"
     assert reason() == fake_cuda.too_old
     with pytest.raises(cl.BackendError, match=r"'cuda' backend cannot run bank_forward: Tesla K80 .* need 8\.0"):

@@ -23,8 +23,17 @@ ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda
 """Fastest first, for each device type; every other device is served by the reference alone."""
 
 NAMES = ("cpu", "cuda", "triton", "reference")
-OPS = ("bank_forward", "bank_input_gradient", "sample_codes")
-"""What can be asked about; "sample_codes" stands for all operators on populations of codes."""
+OPS = (
+    "bank_forward",
+    "bank_input_gradient",
+    "sample_codes",
+    "feature_moments",
+    "factorized_readout",
+    "point_readout",
+    "lasso_path",
+)
+"""What can be asked about; "sample_codes" stands for all operators on populations of codes, and the name of a readout
+for its gradients, too."""
 
 
 class BackendError(RuntimeError):

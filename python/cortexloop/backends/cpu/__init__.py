@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
@@ -17,18 +15,16 @@ class CpuBackend(BankOperators, CodeOperators):
 
     def unsupported(self, problem: Problem) -> str | None:
         reason = _native.unavailable()
-        if reason or problem.op != "sample_codes":
-            return reason or self.bank_unsupported(problem)
-        if problem.device != "cpu":
-            return f"the C++ kernels work in host memory, the codes are on {problem.device}"
-        if problem.dtype != torch.float32:
-            return f"the C++ kernels take float32 codes, these are {str(problem.dtype).removeprefix('torch.')}"
-        return None
+        if reason is not None:
+            return reason
+        if problem.op == "sample_codes":
+            return self.codes_unsupported(problem)
+        return self.bank_unsupported(problem)
 
     def note(self, problem: Problem) -> str | None:
-        if problem.op == "sample_codes":
-            return f"instruction set {_native.isa()}"
-        return self.bank_note(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient"):
+            return self.bank_note(problem)
+        return f"instruction set {_native.isa()}"
 
 
 BACKEND = CpuBackend()

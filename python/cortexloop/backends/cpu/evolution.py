@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from cortexloop import _native
+from cortexloop.backends.registry import Problem
 
 
 class CodeOperators:
     """Operators on populations of codes, float32 in host memory."""
+
+    def codes_unsupported(self, problem: Problem) -> str | None:
+        """None = can run; else one sentence for people."""
+        if problem.device != "cpu":
+            return f"the C++ kernels work in host memory, the codes are on {problem.device}"
+        if problem.dtype != torch.float32:
+            return f"the C++ kernels take float32 codes, these are {str(problem.dtype).removeprefix('torch.')}"
+        return None
 
     def random_rows(
         self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int

@@ -12,9 +12,9 @@ class CudaBackend(BankOperators):
     name = "cuda"
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.op == "sample_codes":
-            return "the CUDA kernels evaluate banks, plain torch works on populations of codes on a GPU"
-        return self.bank_unsupported(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient"):
+            return self.bank_unsupported(problem)
+        return f"there is no CUDA kernel for {problem.op}"
 
     def note(self, problem: Problem) -> str | None:
         return self.bank_note(problem)

@@ -9,18 +9,30 @@ from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.registry import Problem
 
 
+_IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
+
+_TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
+    "bank_forward": _IMAGES,
+    "bank_input_gradient": _IMAGES,
+    "sample_codes": ("codes", (torch.float32, torch.float64)),
+    "feature_moments": ("features", (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+    "factorized_readout": ("features", (torch.float32, torch.float64)),
+    "point_readout": ("features", (torch.float32, torch.float64)),
+    "lasso_path": ("Gram matrices", (torch.float64,)),
+}
+"""What each operator works on, and its dtypes."""
+
+
 class ReferenceBackend(BankOperators, CodeOperators):
     """Plain torch; takes everything."""
 
     name = "reference"
 
     def unsupported(self, problem: Problem) -> str | None:
-        codes = problem.op == "sample_codes"
-        taken = (torch.float32, torch.float64) if codes else (torch.uint8, torch.float32, torch.float64)
+        what, taken = _TAKES[problem.op]
         if problem.dtype in taken:
             return None
         names = [str(dtype).removeprefix("torch.") for dtype in (*taken, problem.dtype)]
-        what = "codes" if codes else "images"
         return f"{what} should be {', '.join(names[:-2])} or {names[-2]}, these are {names[-1]}"
 
     def note(self, problem: Problem) -> str | None:

@@ -58,7 +58,7 @@ class TritonBackend:
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.op not in ("bank_forward", "bank_input_gradient"):
-            return "the Triton kernels evaluate banks, plain torch works on populations of codes on a GPU"
+            return f"there is no Triton kernel for {problem.op}"
         reason = _device_reason(problem.device, problem.index)
         if reason is not None:
             return reason
