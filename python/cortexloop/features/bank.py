@@ -91,6 +91,9 @@ class BankFeatures(FeatureSource):
     def linearize(self, images: Images) -> Linearization:
         return _BankLinearization(self, as_levels(images, self.device))
 
+    def graph_bytes(self, height: int, width: int) -> int:
+        return 0  # the kernels keep one bit for each activation of one image
+
     def _shown(self, images: Tensor) -> Tensor:
         """Levels as the bank takes them: 8 bits as they are, floating ones recentred."""
         if images.dtype == torch.uint8:

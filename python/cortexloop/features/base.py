@@ -70,6 +70,26 @@ class FeatureSource(abc.ABC):
         levels = as_levels(images, self.device)
         return GraphLinearization(self, levels if levels.is_floating_point() else levels.to(self.dtype))
 
+    def graph_bytes(self, height: int, width: int) -> int:
+        """Bytes that a linearization keeps for each image of this size: measured, by grey images.
+
+        What two images keep beyond one, so that weights do not count.
+        """
+        sizes = []
+        for count in (1, 2):
+            kept: dict[int, int] = {}
+
+            def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            grey = torch.full((count, height, width, 3), 128.0, dtype=self.dtype, device=self.device)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                graph = self.differentiable(grey.requires_grad_())
+            sizes.append(sum(kept.values()))
+            del graph
+        return max(0, sizes[1] - sizes[0])
+
     @abc.abstractmethod
     def _compute(self, images: Tensor) -> Tensor:
         """Features of one batch of checked images on the source's device; called without a graph."""
