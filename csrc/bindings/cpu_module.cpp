@@ -54,6 +54,8 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 }  // namespace
 
+void bind_bank_pullback(py::module_& m);
+
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
   m.def("isas", &cpu::isas);
@@ -109,6 +111,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
       py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"),
       py::arg("responses_ptr"));
+
+  bind_bank_pullback(m);
 
   m.def(
       "random_rows",

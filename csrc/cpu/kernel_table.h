@@ -39,12 +39,15 @@ struct Kernels {
   std::int64_t (*prepared_bytes)(std::int32_t height, std::int32_t width, bool rows, bool transformed);
   void (*prepare)(const ImageSource& source, bool rows, bool transformed, void* memory, PreparedImage* image);
 
-  // Bytes of scratch one call needs, and the calls. `scratch` is aligned to 64 bytes and holds nothing between calls.
+  // Bytes of scratch one call needs, and the calls. `scratch` is aligned to 64 bytes and holds nothing between calls, unless
+  // `repeat` says so.
   std::int64_t (*scratch_bytes)(const ModelView& model, bool gradient);
   float (*forward)(const ModelView& model, const PreparedImage& image, bool fast, void* scratch);
   // Adds cotangent * d response / d image to `grad` [height, width, 3] (sets it if `overwrite`); returns the response.
-  float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, float* grad,
-                    void* scratch);
+  // `repeat`: the call before, with this scratch, was for the same image and the same layers, with whatever readout. Its
+  // forward pass serves again, and 0 is returned.
+  float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, bool repeat,
+                    float* grad, void* scratch);
 
   // Populations of codes, a row or a block of columns at a time. `factors`, `mean`, `diagonal`: those of one problem; `dots` has
   // room for `factors.rank` numbers.

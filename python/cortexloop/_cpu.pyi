@@ -47,6 +47,22 @@ def bank_input_gradient(
     grad: int,
     responses: int,
 ) -> None: ...
+def bank_pullback(
+    images: int,
+    dtype: int,
+    layout: int,
+    batch: int,
+    height: int,
+    width: int,
+    weights: int,
+    weights_length: int,
+    table: int,
+    models: int,
+    columns: int,
+    cotangents: int,
+    count: int,
+    grads: int,
+) -> None: ...
 def random_rows(
     normal: bool,
     seed: int,

@@ -26,6 +26,7 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = (
     "bank_forward",
     "bank_input_gradient",
+    "bank_pullback",
     "sample_codes",
     "feature_moments",
     "factorized_readout",
@@ -92,6 +93,10 @@ class Backend(Protocol):
     def bank_input_gradient(
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]: ...
+
+    def bank_pullback(
+        self, images: Tensor, weights: Tensor, table: Tensor, cotangents: Tensor, layout: str
+    ) -> Tensor: ...
 
     def random_rows(
         self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int

@@ -6,6 +6,7 @@ May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the
 from __future__ import annotations
 
 from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.pullback import pullback
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import use_backend
@@ -15,6 +16,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "input_gradient",
+    "pullback",
     "responses",
     "set_num_threads",
     "stream_responses",

@@ -34,6 +34,7 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.pullback import bank_pullback
 
 __all__ = [
     "OPS",
@@ -44,6 +45,7 @@ __all__ = [
     "bank_activations",
     "bank_forward",
     "bank_input_gradient",
+    "bank_pullback",
     "bank_shape",
     "code_moments",
     "evaluate_forward",

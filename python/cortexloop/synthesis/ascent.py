@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cortexloop.bank import ModelBank
 from cortexloop.functional import input_gradient, responses
-from cortexloop.images import recenter
+from cortexloop.images import gaussian_blur, recenter
 
 Progress = Callable[[int, NDArray[np.floating]], None]
 """Called after every step with the number of steps done (1-based) and the responses of the images, [N]."""
@@ -126,7 +126,7 @@ def maximize(
     grad, reached = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend, return_responses=True)
     initial = reached.clone()
     for t in range(steps):
-        x = x + sign * step_size * _blurred(_unit_rms(grad), blur)
+        x = x + sign * step_size * gaussian_blur(_unit_rms(grad), blur)
         x = torch.minimum(torch.maximum(x, low), high)
         if grey:
             x = (x + mean).mean(-1, keepdim=True) - mean
@@ -144,7 +144,7 @@ def maximize(
         if progress is not None:
             progress(t + 1, _numpy(reached))
         if blurs_now and t < steps - 1:
-            x = _blurred(x, blur)
+            x = gaussian_blur(x, blur)
             grad = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend)
 
     kept = [recorded[t] for t in record]
@@ -232,38 +232,6 @@ def noise_image(bank: ModelBank, seed: int = 0) -> NDArray[np.float32]:
     """The published start image: every pixel and channel uniform in 128..178; recentred float32 [H, W, 3]."""
     pixels = np.random.default_rng(seed).random((bank.height, bank.width, 3)) * 50.0 + 128.0
     return np.asarray(pixels - np.asarray(bank.image_mean), dtype=np.float32)
-
-
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur over height and width, [..., H, W, C], each channel by itself.
-
-    Equals scipy.ndimage.gaussian_filter with its defaults: radius 4 sigma (rounded), edges mirrored about the border
-    between pixels ("reflect").
-
-    Raises:
-        ValueError: if `sigma` is negative.
-    """
-    if sigma < 0:
-        raise ValueError(f"sigma should not be negative, got {sigma}")
-    return _blurred(images, sigma)
-
-
-def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """Tap by tap with elementwise sums, so that the bits of an image depend on nothing else in the batch."""
-    if sigma == 0:
-        return x
-    radius = int(4.0 * sigma + 0.5)
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (weights / weights.sum())[radius:].tolist()  # of the centre and of one side
-    for axis in (-3, -2):
-        size = x.shape[axis]
-        mirrored = np.pad(np.arange(size), radius, mode="symmetric")
-        padded = x.index_select(axis, torch.from_numpy(mirrored).to(x.device))
-        total = x * taps[0]
-        for k, tap in enumerate(taps[1:], start=1):
-            total += (padded.narrow(axis, radius - k, size) + padded.narrow(axis, radius + k, size)) * tap
-        x = total
-    return x
 
 
 def _unit_rms(grad: Tensor) -> Tensor:

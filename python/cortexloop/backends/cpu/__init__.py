@@ -5,10 +5,11 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.pullback import PullbackOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators):
+class CpuBackend(BankOperators, CodeOperators, PullbackOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -22,7 +23,7 @@ class CpuBackend(BankOperators, CodeOperators):
         return self.bank_unsupported(problem)
 
     def note(self, problem: Problem) -> str | None:
-        if problem.op in ("bank_forward", "bank_input_gradient"):
+        if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):
             return self.bank_note(problem)
         return f"instruction set {_native.isa()}"
 

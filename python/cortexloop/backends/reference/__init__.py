@@ -6,14 +6,15 @@ import torch
 
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
+from cortexloop.backends.reference.pullback import PullbackOperators
 from cortexloop.backends.registry import Problem
-
 
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 
 _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "bank_forward": _IMAGES,
     "bank_input_gradient": _IMAGES,
+    "bank_pullback": _IMAGES,
     "sample_codes": ("codes", (torch.float32, torch.float64)),
     "feature_moments": ("features", (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
     "factorized_readout": ("features", (torch.float32, torch.float64)),
@@ -23,7 +24,7 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators):
+class ReferenceBackend(BankOperators, CodeOperators, PullbackOperators):
     """Plain torch; takes everything."""
 
     name = "reference"
