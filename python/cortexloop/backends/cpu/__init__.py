@@ -19,7 +19,9 @@ class CpuBackend(BankOperators, CodeOperators):
             return reason
         if problem.op == "sample_codes":
             return self.codes_unsupported(problem)
-        return self.bank_unsupported(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient"):
+            return self.bank_unsupported(problem)
+        return f"there is no C++ kernel for {problem.op}"
 
     def note(self, problem: Problem) -> str | None:
         if problem.op in ("bank_forward", "bank_input_gradient"):
