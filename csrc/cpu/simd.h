@@ -227,12 +227,12 @@ CL_INLINE vf vload_bf16(const std::uint16_t* p) {
 }
 #endif
 
-// Ask for the cache line at `p`, which will be read soon.
+// Ask for the cache line at `p`, which will be read soon, into the second-level cache.
 CL_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
-  __builtin_prefetch(p);
+  __builtin_prefetch(p, 0, 2);
 #elif defined(_M_X64)
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 #else
   static_cast<void>(p);
 #endif

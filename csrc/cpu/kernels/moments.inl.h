@@ -136,71 +136,104 @@ CL_NOINLINE void merge_panel(const MomentsJob& job, std::int64_t begin, int rows
   }
 }
 
-// out[p][c] += sum_i a[i][p] panel[i][c] for `neurons` of the kPanelNeurons rows of `out`.
-CL_INLINE void product_block(const float* a, const float* panel, int depth, int neurons, float* CL_RESTRICT out,
-                             std::int64_t columns) {
-  constexpr int P = kPanelNeurons, N = kPanelVectors;
-  vf acc[P][N];
-  CL_UNROLL for (int p = 0; p < P; ++p) CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = vzero();
-  for (int i = 0; i < depth; ++i) {
-    vf row[N];
-    CL_UNROLL for (int n = 0; n < N; ++n) {
-      row[n] = vload(panel + n * kLanes);
-      vkeep(row[n]);
-    }
-    CL_UNROLL for (int p = 0; p < P; ++p) {
-      const vf value = vset1(a[p]);
-      CL_UNROLL for (int n = 0; n < N; ++n) acc[p][n] = vfma(value, row[n], acc[p][n]);
-    }
-    a += kResponseGroup;
-    panel += kPanel;
+// Rows of memory that will be read soon, of which a panel's width each is asked for, one line per step of a product: all at once
+// would wait for one another, and a hardware prefetcher does not follow as many rows.
+struct Ahead {
+  const char* next;
+  std::int64_t stride;  // bytes from row to row
+  int rows;
+
+  CL_INLINE void line(int l) const {
+    prefetch(next + (l + 1) * kLine - 1);
+  }  // the first line came with the panel before
+};
+
+struct ProductBlock {
+  vf acc[kPanelNeurons][kPanelVectors];
+  const float* a;      // [depth, kResponseGroup]
+  const float* panel;  // [depth, kPanel]
+};
+
+CL_INLINE void product_step(ProductBlock& b) {
+  vf row[kPanelVectors];
+  CL_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+    row[n] = vload(b.panel + n * kLanes);
+    vkeep(row[n]);
   }
-  CL_UNROLL for (int p = 0; p < P; ++p) {
-    if (p < neurons) {
-      float* at = out + p * columns;
-      CL_UNROLL for (int n = 0; n < N; ++n) vstore(at + n * kLanes, vadd(vload(at + n * kLanes), acc[p][n]));
-    }
+  CL_UNROLL for (int p = 0; p < kPanelNeurons; ++p) {
+    const vf value = vset1(b.a[p]);
+    CL_UNROLL for (int n = 0; n < kPanelVectors; ++n) b.acc[p][n] = vfma(value, row[n], b.acc[p][n]);
   }
+  b.a += kResponseGroup;
+  b.panel += kPanel;
 }
 
-CL_NOINLINE void whole_product(const float* a, const float* panel, int depth, int neurons, float* out,
-                               std::int64_t columns) {
-  // `cross` is far larger than any cache, and its rows may lie a multiple of 4096 bytes apart.
-  for (int p = 0; p < neurons; ++p) {
-    const char* line = reinterpret_cast<const char*>(out + p * columns);
-    for (int b = 0; b < kPanel * static_cast<int>(sizeof(float)); b += kLine) prefetch(line + b);
+// As many of the rows ahead as there are steps left for; the others are asked for at once. Returns the steps left.
+template <int kLines>
+CL_INLINE int steps_with(Ahead ahead, int steps, ProductBlock& b) {
+  for (; ahead.rows > 0 && steps >= kLines; --ahead.rows, ahead.next += ahead.stride, steps -= kLines) {
+    CL_UNROLL for (int l = 0; l < kLines; ++l) {
+      ahead.line(l);
+      product_step(b);
+    }
   }
-  product_block(a, panel, depth, neurons, out, columns);
+  for (; ahead.rows > 0; --ahead.rows, ahead.next += ahead.stride) {
+    CL_UNROLL for (int l = 0; l < kLines; ++l) ahead.line(l);
+  }
+  return steps;
+}
+
+constexpr int kCrossLines = (kPanel * static_cast<int>(sizeof(float)) + kLine - 1) / kLine;
+
+// out[p][c] += sum_i a[i][p] panel[i][c] for `neurons` of the kPanelNeurons rows of `out`.
+template <int kFeatureLines>
+CL_NOINLINE void product(const float* a, const float* panel, int depth, int neurons, float* out, std::int64_t columns,
+                         const Ahead& cross, const Ahead& features) {
+  ProductBlock b;
+  CL_UNROLL for (int p = 0; p < kPanelNeurons; ++p) {
+    CL_UNROLL for (int n = 0; n < kPanelVectors; ++n) b.acc[p][n] = vzero();
+  }
+  b.a = a;
+  b.panel = panel;
+  int steps = depth;
+  steps = steps_with<kCrossLines>(cross, steps, b);
+  steps = steps_with<kFeatureLines>(features, steps, b);
+  for (; steps > 0; --steps) product_step(b);
+  CL_UNROLL for (int p = 0; p < kPanelNeurons; ++p) {
+    if (p < neurons) {
+      float* at = out + p * columns;
+      CL_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+        vstore(at + n * kLanes, vadd(vload(at + n * kLanes), b.acc[p][n]));
+      }
+    }
+  }
 }
 
 // A panel with fewer columns than lanes: through a copy.
+template <int kFeatureLines>
 CL_NOINLINE void partial_product(const float* a, const float* panel, int depth, int neurons, std::int64_t count,
                                  float* out, std::int64_t columns) {
   float copy[kPanelNeurons * kPanel] = {};
   for (int p = 0; p < neurons; ++p) {
     std::memcpy(copy + p * kPanel, out + p * columns, static_cast<std::size_t>(count) * sizeof(float));
   }
-  product_block(a, panel, depth, neurons, copy, kPanel);
+  const Ahead none = {nullptr, 0, 0};
+  product<kFeatureLines>(a, panel, depth, neurons, copy, kPanel, none, none);
   for (int p = 0; p < neurons; ++p) {
     std::memcpy(out + p * columns, copy + p * kPanel, static_cast<std::size_t>(count) * sizeof(float));
   }
 }
 
-// The product of a whole block of images; meanwhile `ahead` [ahead_rows, columns], a panel to come, is fetched. Null: none.
-template <class Element>
+// The product of a block of images with all neurons; meanwhile `ahead`, the images of a panel to come, is fetched.
+template <int kFeatureLines>
 CL_INLINE void multiply_panel(const MomentsJob& job, std::int64_t begin, std::int64_t count, std::int64_t first_row,
-                              int depth, const Element* ahead, int ahead_rows, const MomentsScratch* scratch) {
+                              int depth, Ahead ahead, bool more_columns, const MomentsScratch* scratch) {
   const FeatureMomentsArgs& a = job.args;
   const std::int64_t blocks = (a.neurons + kPanelNeurons - 1) / kPanelNeurons;
+  const std::int64_t row_bytes = a.columns * static_cast<std::int64_t>(sizeof(float));
+  const int ahead_rows = ahead.rows;
   int fetched = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {
-    if (ahead != nullptr) {
-      const int until = static_cast<int>((block + 1) * ahead_rows / blocks);
-      for (; fetched < until; ++fetched) {
-        const char* line = reinterpret_cast<const char*>(ahead + fetched * a.columns);
-        for (int b = 0; b < kPanel * static_cast<int>(sizeof(Element)); b += kLine) prefetch(line + b);
-      }
-    }
     const std::int64_t neuron = block * kPanelNeurons;
     const std::int64_t group = neuron / kResponseGroup;
     const float* responses =
@@ -208,11 +241,21 @@ CL_INLINE void multiply_panel(const MomentsJob& job, std::int64_t begin, std::in
     const std::int64_t left = a.neurons - neuron;
     const int neurons = left < kPanelNeurons ? static_cast<int>(left) : kPanelNeurons;
     float* out = a.cross + neuron * a.columns + begin;
-    if (count == kPanel) {
-      whole_product(responses, scratch->panel, depth, neurons, out, a.columns);
-    } else {
-      partial_product(responses, scratch->panel, depth, neurons, count, out, a.columns);
+    if (count != kPanel) {
+      partial_product<kFeatureLines>(responses, scratch->panel, depth, neurons, count, out, a.columns);
+      continue;
     }
+    // Of `cross` the next block, or the first one of the next panel.
+    const bool wraps = left <= kPanelNeurons;
+    const std::int64_t rows_left = wraps ? (more_columns ? a.neurons : 0) : left - kPanelNeurons;
+    const float* next = wraps ? a.cross + begin + kPanel : out + kPanelNeurons * a.columns;
+    const Ahead cross = {reinterpret_cast<const char*>(next), row_bytes,
+                         rows_left < kPanelNeurons ? static_cast<int>(rows_left) : kPanelNeurons};
+    const int until = static_cast<int>((block + 1) * ahead_rows / blocks);
+    ahead.rows = until - fetched;
+    product<kFeatureLines>(responses, scratch->panel, depth, neurons, out, a.columns, cross, ahead);
+    ahead.next += ahead.rows * ahead.stride;
+    fetched = until;
   }
 }
 
@@ -220,6 +263,7 @@ template <class Source, bool kWhole>
 CL_INLINE void one_panel(const MomentsJob& job, std::int64_t begin, std::int64_t count, std::int64_t end,
                          MomentsScratch* scratch) {
   using Element = typename Source::Element;
+  constexpr int kLines = (kPanel * static_cast<int>(sizeof(Element)) + kLine - 1) / kLine;
   const FeatureMomentsArgs& a = job.args;
   const Element* features = static_cast<const Element*>(a.features) + begin;
   std::memset(scratch->total_sum, 0, 2 * sizeof scratch->total_sum);
@@ -236,11 +280,12 @@ CL_INLINE void one_panel(const MomentsJob& job, std::int64_t begin, std::int64_t
     }
     if (last) merge_panel(job, begin, rows, count, scratch);
     // What will be read next: the next block of images, or the first one of the next panel.
-    const Element* ahead = last ? features + kPanel : here + kRowBlock * a.columns;
-    const std::int64_t ahead_left = last ? a.images : left - kRowBlock;
-    const bool any = !last || begin + 2 * kPanel <= end;
-    multiply_panel(job, begin, count, first, last ? rows + 2 : rows, any ? ahead : nullptr,
-                   ahead_left < kRowBlock ? static_cast<int>(ahead_left) : kRowBlock, scratch);
+    const bool more_columns = begin + 2 * kPanel <= end;
+    const std::int64_t ahead_left = !last ? left - kRowBlock : more_columns ? a.images : 0;
+    const Ahead ahead = {reinterpret_cast<const char*>(last ? features + kPanel : here + kRowBlock * a.columns),
+                         a.columns * static_cast<std::int64_t>(sizeof(Element)),
+                         ahead_left < kRowBlock ? static_cast<int>(ahead_left) : kRowBlock};
+    multiply_panel<kLines>(job, begin, count, first, last ? rows + 2 : rows, ahead, more_columns, scratch);
   }
 }
 
