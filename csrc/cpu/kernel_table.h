@@ -68,8 +68,9 @@ struct Kernels {
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
 
-  // Running moments of the columns [begin, end); `scratch` is aligned to 64 bytes and has `moments_scratch_bytes`.
-  std::int64_t moments_columns_at_a_time, moments_scratch_bytes;
+  // Running moments of the columns [begin, end), `begin` a multiple of `moments_tile`; `scratch` is aligned to 64 bytes and has
+  // `moments_scratch_bytes`.
+  std::int64_t moments_tile, moments_scratch_bytes;
   void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
 };
 

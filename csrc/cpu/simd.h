@@ -201,6 +201,23 @@ CL_INLINE vf vload_bf16(const std::uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+#elif defined(CORTEXLOOP_ISA_AVX2)
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi32(0x7fff));
+  const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(x, magnitude), 16);
+  const __m256i rebias = _mm256_set1_epi32(112 << 23);  // twice that where all ones are to stay all ones
+  const __m256i infinite = _mm256_and_si256(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7bff)), rebias);
+  const __m256i large = _mm256_add_epi32(_mm256_slli_epi32(magnitude, 13), _mm256_add_epi32(rebias, infinite));
+  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(1.0f / 16777216.0f));
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x400), magnitude);
+  const __m256 value = _mm256_blendv_ps(_mm256_castsi256_ps(large), small, _mm256_castsi256_ps(is_small));
+  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
 #else
 CL_INLINE vf vload_bits(const std::uint32_t* bits) {
   float values[kLanes];

@@ -23,7 +23,7 @@ constexpr bool kHasFast = false;
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,         kHasFast,      prepared_bytes, prepare_image,        scratch_bytes,
                  bank_forward, bank_gradient, random_row,     sample_row,           low_rank_row,
-                 dot,          moments_block, kPanel,         kMomentsScratchBytes, moments_columns};
+                 dot,          moments_block, kMomentsTile,   kMomentsScratchBytes, moments_columns};
 }
 
 }  // namespace
