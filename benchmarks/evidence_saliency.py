@@ -121,9 +121,7 @@ def main() -> None:
 
     methods = {
         "parallel backpropagation": ParallelBackprop(source, weights, post=POST),
-        "parallel, similarity gradient": ParallelBackprop(
-            source, weights, cotangent="similarity_gradient", post=POST
-        ),
+        "parallel, similarity gradient": ParallelBackprop(source, weights, cotangent="similarity_gradient", post=POST),
         "parallel, minimum": ParallelBackprop(source, weights, cotangent="minimum", post=POST),
         "parallel, positive weights": ParallelBackprop(source, weights, sign="positive", post=POST),
         "parallel, integrated gradients": ParallelBackprop(

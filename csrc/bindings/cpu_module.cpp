@@ -55,6 +55,7 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 }  // namespace
 
 void bind_bank_pullback(py::module_& m);
+void bind_moments(py::module_& m);  // moments.cpp
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
@@ -226,4 +227,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         }
         check(status);
       });
+
+  bind_moments(m);
 }

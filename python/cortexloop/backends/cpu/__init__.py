@@ -5,11 +5,12 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.moments import MomentOperators
 from cortexloop.backends.cpu.pullback import PullbackOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators, PullbackOperators):
+class CpuBackend(BankOperators, CodeOperators, PullbackOperators, MomentOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -20,7 +21,11 @@ class CpuBackend(BankOperators, CodeOperators, PullbackOperators):
             return reason
         if problem.op == "sample_codes":
             return self.codes_unsupported(problem)
-        return self.bank_unsupported(problem)
+        if problem.op == "feature_moments":
+            return self.moments_unsupported(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):
+            return self.bank_unsupported(problem)
+        return f"there is no C++ kernel for {problem.op}"
 
     def note(self, problem: Problem) -> str | None:
         if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):

@@ -6,6 +6,7 @@ import torch
 
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
+from cortexloop.backends.reference.moments import MomentOperators
 from cortexloop.backends.reference.pullback import PullbackOperators
 from cortexloop.backends.registry import Problem
 
@@ -24,7 +25,7 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators, PullbackOperators):
+class ReferenceBackend(BankOperators, CodeOperators, PullbackOperators, MomentOperators):
     """Plain torch; takes everything."""
 
     name = "reference"
