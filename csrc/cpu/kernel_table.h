@@ -7,6 +7,7 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/moments.h"
+#include "cortexloop/lasso.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -75,6 +76,9 @@ struct Kernels {
   // `moments_scratch_bytes`.
   std::int64_t moments_tile, moments_scratch_bytes;
   void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+  // One problem of a lasso, and the doubles of scratch that it needs.
+  std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
+  void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
 };
 
 const Kernels* kernels_generic();

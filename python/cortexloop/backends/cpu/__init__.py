@@ -5,12 +5,13 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.cpu.moments import MomentOperators
 from cortexloop.backends.cpu.pullback import PullbackOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators, PullbackOperators, MomentOperators):
+class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperators, LassoOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -23,9 +24,9 @@ class CpuBackend(BankOperators, CodeOperators, PullbackOperators, MomentOperator
             return self.codes_unsupported(problem)
         if problem.op == "feature_moments":
             return self.moments_unsupported(problem)
-        if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):
-            return self.bank_unsupported(problem)
-        return f"there is no C++ kernel for {problem.op}"
+        if problem.op == "lasso_path":
+            return self.lasso_unsupported(problem)
+        return self.bank_unsupported(problem)
 
     def note(self, problem: Problem) -> str | None:
         if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):
