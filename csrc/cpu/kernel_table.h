@@ -6,6 +6,7 @@
 #include "../common/model_view.h"
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
+#include "readout_kernels.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -56,6 +57,8 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, std::int64_t columns);
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
+
+  ReadoutKernels readout;
 };
 
 const Kernels* kernels_generic();

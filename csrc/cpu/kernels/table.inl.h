@@ -4,6 +4,8 @@
 #include "../kernel_table.h"
 #include "bank_bwd.inl.h"
 #include "evolution.inl.h"
+#include "point_readout.inl.h"
+#include "readout.inl.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -19,9 +21,14 @@ constexpr bool kHasFast = true;
 constexpr bool kHasFast = false;
 #endif
 
+constexpr ReadoutKernels kReadoutKernels = {
+    readout_transpose,    readout_image, readout_images, readout_sum,    readout_back_features,
+    readout_back_factors, point_taps,    point_sums,     point_features, point_scatter};
+
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,          kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,
-                 bank_gradient, random_row, sample_row,     low_rank_row,  dot,           moments_block};
+                 bank_gradient, random_row, sample_row,     low_rank_row,  dot,           moments_block,
+                 kReadoutKernels};
 }
 
 }  // namespace

@@ -34,6 +34,12 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.readout import (
+    factorized_readout,
+    factorized_readout_gradient,
+    point_readout,
+    point_readout_gradient,
+)
 
 __all__ = [
     "OPS",
@@ -49,8 +55,12 @@ __all__ = [
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "factorized_readout",
+    "factorized_readout_gradient",
     "low_rank_product",
     "normals",
+    "point_readout",
+    "point_readout_gradient",
     "problem",
     "row_dots",
     "sample_codes",
