@@ -129,11 +129,8 @@ Status position_gradient(const PointReadoutGradientArgs& a, const Taps& taps) {
   SumsJob job = {a.shape, a.features, a.vectors, &taps, nullptr, a.cotangent, shared ? parts.get() : a.d_positions};
   run_sums(job);
   if (!shared) return Status::ok;
-  if (a.shape.batch == 0) {
-    std::fill(a.d_positions, a.d_positions + each, 0.0f);
-  } else {
-    kernels().readout.sum(parts.get(), a.shape.batch, each, each, a.d_positions);
-  }
+  std::fill(a.d_positions, a.d_positions + each, 0.0f);
+  kernels().readout.add(parts.get(), a.shape.batch, each, each, a.d_positions);
   return Status::ok;
 }
 

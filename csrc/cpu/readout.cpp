@@ -14,7 +14,8 @@ namespace {
 
 // Ranges of channels that are summed apart. A fixed number: the bits may not depend on the number of threads.
 constexpr std::int64_t kChannelRanges = 16;
-constexpr std::int64_t kPanelNumbers = 65536;  // weights at a time in the gradient by features: 256 KB
+constexpr std::int64_t kMostColumns = 256;     // features at a time in the gradient by features
+constexpr std::int64_t kPanelNumbers = 65536;  // and weights: 256 KB
 
 struct Ranges {
   std::int64_t channels, count;
@@ -124,7 +125,7 @@ void images_body(void* argument, RangeSource& ranges) {
   ForwardJob& job = *static_cast<ForwardJob*>(argument);
   const FactorizedReadoutArgs& a = *job.args;
   const Ranges channels(a.weights.channels);
-  const std::unique_ptr<float[]> panel = scratch(kProductDepth * kBlockNeurons);
+  const std::unique_ptr<float[]> panel = scratch(kPanelDepth * kBlockNeurons);
   const std::unique_ptr<float[]> products = scratch(a.batch * kBlockNeurons);
   if (!panel || !products) {
     job.failed.store(true);
@@ -152,7 +153,8 @@ void sum_body(void* argument, RangeSource& ranges) {
       const std::int64_t block = unit / a.batch, b = unit % a.batch;
       const std::int32_t width = job.packed->block(block).width;
       const float* parts = job.parts + block * channels.count * a.batch * kBlockNeurons + b * width;
-      kernels().readout.sum(parts, channels.count, a.batch * kBlockNeurons, width, out);
+      std::fill(out, out + width, 0.0f);
+      kernels().readout.add(parts, channels.count, a.batch * kBlockNeurons, width, out);
       std::copy(out, out + job.packed->count(block), a.responses + b * a.weights.neurons + block * kBlockNeurons);
     }
   }
@@ -160,9 +162,11 @@ void sum_body(void* argument, RangeSource& ranges) {
 
 struct GradientJob {
   const FactorizedReadoutGradientArgs* args;
-  std::int32_t columns;     // features at a time, for the gradient by features
-  const float* cotangent;   // [neurons, batch], for the gradients by factors
-  float* d_masks;           // [ranges, neurons, rank, positions]; null: not wanted
+  std::int32_t columns;  // features at a time, for the gradient by features
+  const PackedWeights* packed;
+  const float* cotangent;  // [blocks, batch, kBlockNeurons]
+  float* d_masks;          // [blocks, ranges, kBlockNeurons * rank * positions]; null: not wanted
+  float* d_vectors;        // [blocks, kBlockNeurons * rank * channels]; null: not wanted
   std::atomic<bool> failed{false};
 };
 
@@ -191,54 +195,76 @@ void factors_body(void* argument, RangeSource& ranges) {
   const FactorizedReadoutGradientArgs& a = *job.args;
   const FactorizedWeights& w = a.weights;
   const Ranges channels(w.channels);
+  const std::int64_t masks = kBlockNeurons * w.rank * w.positions, vectors = kBlockNeurons * w.rank * w.channels;
+  const std::unique_ptr<float[]> tile = scratch(kTileImages * kColumns);
   const std::unique_ptr<float[]> panel = scratch(kBlockNeurons * kColumns);
-  const std::unique_ptr<float[]> tail = scratch(a.batch * kBlockPadding);
-  if (!panel || !tail) {
+  if (!tile || !panel) {
     job.failed.store(true);
     return;
   }
   std::int64_t begin, end;
   while (ranges.take(begin, end)) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
-      const std::int64_t range = unit % channels.count, neuron = unit / channels.count * kBlockNeurons;
-      const auto count = static_cast<std::int32_t>(std::min<std::int64_t>(kBlockNeurons, w.neurons - neuron));
-      float* d_masks = job.d_masks == nullptr
-                           ? nullptr
-                           : job.d_masks + (range * w.neurons + neuron) * w.rank * w.positions;
-      kernels().readout.back_factors(a, job.cotangent, neuron, count, channels.first(range), channels.first(range + 1),
-                                     panel.get(), tail.get(), d_masks);
+      const std::int64_t range = unit % channels.count, block = unit / channels.count;
+      kernels().readout.back_factors(job.packed->block(block), job.cotangent + block * a.batch * kBlockNeurons,
+                                     a.features, a.batch, channels.first(range), channels.first(range + 1), tile.get(),
+                                     panel.get(), job.d_masks == nullptr ? nullptr : job.d_masks + unit * masks,
+                                     job.d_vectors == nullptr ? nullptr : job.d_vectors + block * vectors);
     }
   }
 }
 
-void masks_body(void* argument, RangeSource& ranges) {
+// Each factor of a block of neurons back to where it came from; ranges of channels are added up for the masks.
+void unpack_body(void* argument, RangeSource& ranges) {
   const GradientJob& job = *static_cast<const GradientJob*>(argument);
-  const FactorizedWeights& w = job.args->weights;
-  const std::int64_t each = w.rank * w.positions;
+  const FactorizedReadoutGradientArgs& a = *job.args;
+  const FactorizedWeights& w = a.weights;
+  const std::int64_t count = Ranges(w.channels).count;
+  const std::int64_t masks = kBlockNeurons * w.rank * w.positions, vectors = kBlockNeurons * w.rank * w.channels;
   std::int64_t begin, end;
   while (ranges.take(begin, end)) {
-    kernels().readout.sum(job.d_masks + begin * each, Ranges(w.channels).count, w.neurons * each, (end - begin) * each,
-                          job.args->d_masks + begin * each);
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      const std::int64_t block = unit / w.rank, r = unit % w.rank, row = block * kBlockNeurons * w.rank + r;
+      const std::int32_t width = job.packed->block(block).width, neurons = job.packed->count(block);
+      if (job.d_masks != nullptr) {
+        float* parts = job.d_masks + block * count * masks + r * w.positions * width;
+        kernels().readout.add(parts + masks, count - 1, masks, w.positions * width, parts);
+        kernels().readout.back_transpose(parts, width, neurons, w.positions, w.rank * w.positions,
+                                         a.d_masks + row * w.positions);
+      }
+      if (job.d_vectors != nullptr) {
+        kernels().readout.back_transpose(job.d_vectors + block * vectors + r * w.channels * width, width, neurons,
+                                         w.channels, w.rank * w.channels, a.d_vectors + row * w.channels);
+      }
+    }
   }
 }
 
 Status factor_gradients(GradientJob& job) {
   const FactorizedReadoutGradientArgs& a = *job.args;
   const FactorizedWeights& w = a.weights;
-  const Ranges channels(w.channels);
-  const std::int64_t masks = a.d_masks == nullptr ? 0 : channels.count * w.neurons * w.rank * w.positions;
-  const std::unique_ptr<float[]> cotangent = scratch(w.neurons * a.batch);
-  const std::unique_ptr<float[]> d_masks = scratch(masks);
-  if (!cotangent || !d_masks) return no_scratch(w.neurons * a.batch + masks);
-  for (std::int64_t b = 0; b < a.batch; ++b) {
-    for (std::int64_t t = 0; t < w.neurons; ++t) cotangent[t * a.batch + b] = a.cotangent[b * w.neurons + t];
+  PackedWeights packed(w);
+  const std::int64_t ranges = packed.blocks() * Ranges(w.channels).count;
+  const std::int64_t masks = a.d_masks == nullptr ? 0 : ranges * kBlockNeurons * w.rank * w.positions;
+  const std::int64_t vectors = a.d_vectors == nullptr ? 0 : packed.blocks() * kBlockNeurons * w.rank * w.channels;
+  const std::unique_ptr<float[]> cotangent = scratch(packed.blocks() * a.batch * kBlockNeurons);
+  const std::unique_ptr<float[]> d_masks = scratch(masks), d_vectors = scratch(vectors);
+  if (!cotangent || !d_masks || !d_vectors || !packed.pack()) return no_scratch(masks + vectors + packed.numbers());
+  for (std::int64_t block = 0; block < packed.blocks(); ++block) {
+    const std::int32_t width = packed.block(block).width, count = packed.count(block);
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+      const float* from = a.cotangent + b * w.neurons + block * kBlockNeurons;
+      float* to = cotangent.get() + block * a.batch * kBlockNeurons + b * width;
+      std::fill(std::copy(from, from + count, to), to + width, 0.0f);
+    }
   }
+  job.packed = &packed;
   job.cotangent = cotangent.get();
   job.d_masks = a.d_masks == nullptr ? nullptr : d_masks.get();
-  const std::int64_t blocks = (w.neurons + kBlockNeurons - 1) / kBlockNeurons;
-  parallel_run(blocks * channels.count, 1, factors_body, &job);
-  if (job.failed) return no_scratch(kBlockNeurons * kColumns + a.batch * kBlockPadding);
-  if (a.d_masks != nullptr) parallel_run(w.neurons, kBlockPadding, masks_body, &job);
+  job.d_vectors = a.d_vectors == nullptr ? nullptr : d_vectors.get();
+  parallel_run(ranges, 1, factors_body, &job);
+  if (job.failed) return no_scratch((kTileImages + kBlockNeurons) * kColumns);
+  parallel_run(packed.blocks() * w.rank, 1, unpack_body, &job);
   return Status::ok;
 }
 
@@ -264,7 +290,7 @@ Status factorized_readout(const FactorizedReadoutArgs& args) {
   if (!parts) return no_scratch(numbers);
   job.parts = parts.get();
   parallel_run(ranges, 1, images_body, &job);
-  if (job.failed) return no_scratch((kProductDepth + args.batch) * kBlockNeurons);
+  if (job.failed) return no_scratch((kPanelDepth + args.batch) * kBlockNeurons);
   parallel_run(packed.blocks() * args.batch, 16, sum_body, &job);
   return Status::ok;
 }
@@ -276,7 +302,7 @@ Status factorized_readout_gradient(const FactorizedReadoutGradientArgs& args) {
   GradientJob job;
   job.args = &args;
   job.columns = static_cast<std::int32_t>(std::min<std::int64_t>(
-      kColumns, std::max<std::int64_t>(4 * kBlockPadding, kPanelNumbers / std::max<std::int64_t>(1, w.neurons) /
+      kMostColumns, std::max<std::int64_t>(4 * kBlockPadding, kPanelNumbers / std::max<std::int64_t>(1, w.neurons) /
                                                               kBlockPadding * kBlockPadding)));
   if (args.d_features != nullptr && args.batch > 0) {
     const std::int64_t features = w.channels * w.positions;

@@ -10,8 +10,10 @@ namespace cpu {
 
 constexpr std::int32_t kBlockNeurons = 64;   // neurons side by side in a packed block: 4 vectors of the widest set
 constexpr std::int32_t kBlockPadding = 16;   // a block's width is a multiple of this
-constexpr std::int32_t kProductDepth = 512;  // features summed in registers: 512 x 64 weights are 128 KB
-constexpr std::int32_t kColumns = 256;       // features at a time in the gradients
+constexpr std::int32_t kProductDepth = 512;  // positions summed in registers: 512 x 64 masks are 128 KB
+constexpr std::int32_t kPanelDepth = 128;    // the same of weights made on the way: 32 KB
+constexpr std::int32_t kColumns = 120;       // features at a time in the gradients by factors
+constexpr std::int32_t kTileImages = 128;    // images at a time there
 
 // Up to kBlockNeurons neurons, neighbours in memory; those from the last real one to `width` are zeros.
 struct NeuronBlock {
@@ -43,25 +45,28 @@ struct ReadoutKernels {
   // One image, one block. `products`: room for kBlockNeurons * kBlockNeurons; out [width].
   void (*image)(const NeuronBlock& block, const float* image, float* products, float* out);
 
-  // All images, channels [first, last) of one block. `panel`: room for kProductDepth * width, `products` for batch * width;
+  // All images, channels [first, last) of one block. `panel`: room for kPanelDepth * width, `products` for batch * width;
   // out [batch, width].
   void (*images)(const NeuronBlock& block, const float* features, std::int64_t batch, std::int64_t first,
                  std::int64_t last, float* panel, float* products, float* out);
 
-  // out = parts[0] + parts[1] + ..., `stride` apart.
-  void (*sum)(const float* parts, std::int64_t n_parts, std::int64_t stride, std::int64_t count, float* out);
+  // out += parts[0] + parts[1] + ..., `stride` apart, one after the other.
+  void (*add)(const float* parts, std::int64_t n_parts, std::int64_t stride, std::int64_t count, float* out);
 
   // Features [first, first + count) of all images, numbered through channels and positions; count <= columns.
   // `panel`: room for neurons * columns, `tail` for batch * kBlockPadding.
   void (*back_features)(const FactorizedReadoutGradientArgs& args, std::int64_t first, std::int32_t count,
                         std::int32_t columns, float* panel, float* tail);
 
-  // Channels [first, last) and neurons [neuron, neuron + count): their part of d_masks, and d_vectors.
-  // cotangent [neurons, batch]; `panel`: room for kBlockNeurons * kColumns, `tail` for batch * kBlockPadding;
-  // d_masks [count, rank, positions], null: not wanted.
-  void (*back_factors)(const FactorizedReadoutGradientArgs& args, const float* cotangent, std::int64_t neuron,
-                       std::int32_t count, std::int64_t first, std::int64_t last, float* panel, float* tail,
-                       float* d_masks);
+  // Channels [first, last) of one block: their part of d_masks, [rank, positions, width], and d_vectors, [rank, channels, width];
+  // null: not wanted. cotangent [batch, width]; `tile`: room for kTileImages * kColumns, `panel` for kColumns * width.
+  void (*back_factors)(const NeuronBlock& block, const float* cotangent, const float* features, std::int64_t batch,
+                       std::int64_t first, std::int64_t last, float* tile, float* panel, float* d_masks,
+                       float* d_vectors);
+
+  // rows[t, i] = panel[i, t], t < count.
+  void (*back_transpose)(const float* panel, std::int32_t width, std::int32_t count, std::int64_t length, std::int64_t stride,
+                         float* rows);
 
   TapSteps (*point_taps)(const PointReadoutShape& shape, const float* positions, const PointTaps& taps);
 

@@ -22,8 +22,9 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr ReadoutKernels kReadoutKernels = {
-    readout_transpose,    readout_image, readout_images, readout_sum,    readout_back_features,
-    readout_back_factors, point_taps,    point_sums,     point_features, point_scatter};
+    readout_transpose,    readout_image,          readout_images, readout_add, readout_back_features,
+    readout_back_factors, readout_back_transpose, point_taps,     point_sums,  point_features,
+    point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,          kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,
