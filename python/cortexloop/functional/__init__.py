@@ -1,4 +1,4 @@
-"""Public stateless functions on model banks: they check arguments, convert kinds, and call the operators.
+"""Public stateless functions on model banks and feature maps: they check arguments, convert kinds, call the operators.
 
 May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the number of threads.
 """
@@ -6,6 +6,7 @@ May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the
 from __future__ import annotations
 
 from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.readout import factorized_readout, point_readout
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import use_backend
@@ -13,8 +14,10 @@ from cortexloop.ops import use_backend
 __all__ = [
     "activations",
     "explain",
+    "factorized_readout",
     "get_num_threads",
     "input_gradient",
+    "point_readout",
     "responses",
     "set_num_threads",
     "stream_responses",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cortexloop import _device
@@ -90,9 +89,7 @@ def _wanted_only(gradients: Three, wanted: tuple[bool, ...]) -> tuple[Tensor | N
 
 
 def _empty_gradients(inputs: Three, wanted: tuple[bool, ...]) -> Three:
-    first, second, third = (
-        x.new_empty(x.shape if asked else (0,)) for x, asked in zip(inputs, wanted, strict=True)
-    )
+    first, second, third = (x.new_empty(x.shape if asked else (0,)) for x, asked in zip(inputs, wanted, strict=True))
     return first, second, third
 
 

@@ -14,11 +14,9 @@ class ReadoutOperators:
 
     def factorized_readout(self, features: Tensor, masks: Tensor, vectors: Tensor) -> Tensor:
         x, m, v = _flat(features, masks, vectors)
-        if x.shape[1] <= x.shape[2]:
-            per_factor = ((x @ m.mT) * v.mT).sum(1)  # [B, T * R]
-        else:
-            per_factor = ((v @ x) * m).sum(2)
-        return per_factor.unflatten(1, masks.shape[:2]).sum(2)
+        masks_first = x.shape[1] <= x.shape[2]
+        per_factor = ((x @ m.mT) * v.mT).sum(1) if masks_first else ((v @ x) * m).sum(2)  # [B, T * R]
+        return per_factor.view(-1, *masks.shape[:2]).sum(2)
 
     def factorized_readout_gradient(
         self, features: Tensor, masks: Tensor, vectors: Tensor, cotangent: Tensor, wanted: Wanted
