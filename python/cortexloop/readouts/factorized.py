@@ -22,7 +22,7 @@ class FactorizedReadout(Readout):
         response[b, t] = bias[t] + sum_r sum_c vectors[t, r, c] sum_hw masks[t, r, h, w] features[b, c, h, w]
 
     Rank 1 with normalised masks is the readout of Klindt et al. (2017), neuralpredictors' FullFactorized2d; rank 1 as
-    it stands is "mixing" and "spatial pool" of Cowley et al.; higher ranks are the factor models of Wang & Ponce (2023).
+    it stands is "mixing" and "spatial pool" of Cowley et al.; higher ranks are factor models (Wang & Ponce 2023).
 
     Parameters: `masks` [T, R, H, W], `vectors` [T, R, C], `bias` [T].
 

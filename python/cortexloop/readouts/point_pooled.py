@@ -95,7 +95,8 @@ class PointPooledReadout(Readout):
         """
         self._check_features(features)
         index = self._neuron_index(neurons)
-        positions, vectors = self.positions_in_force(), self.vectors
+        positions = self.positions_in_force()
+        vectors: Tensor = self.vectors
         if index is not None:
             positions, vectors = positions[index], vectors[index]
         maps, total = features, None
@@ -141,10 +142,8 @@ class PointPooledReadout(Readout):
         state.finish()
         channels = int(in_shape[0])
         if features.shape[0] % channels:
-            raise ValueError(
-                f"{prefix + 'features'!r} has {features.shape[0]} rows, no multiple of {channels} channels"
-            )
+            raise ValueError(f"{prefix + 'features'!r} should have {channels} x steps rows, got {features.shape[0]}")
         steps = features.shape[0] // channels - 1
         readout = cls(in_shape, len(positions), pool_steps=steps, kernel=kernel, bias=bias is not None, **options)
-        vectors = features.T.unflatten(1, (steps + 1, channels))
+        vectors = features.T.reshape(-1, steps + 1, channels)
         return fill(readout, positions=positions, vectors=vectors, bias=bias)
