@@ -71,7 +71,7 @@ def factorized(shape: Shape, *, exact: bool, seed: int = 1) -> tuple[Three, Tens
 
 
 def point(shape: Shape, *, exact: bool, seed: int = 1) -> tuple[Three, Tensor]:
-    """(features, positions, vectors), cotangent [B, T]; float32. Positions lie in [-1.25, 1.25], exact ones at eighths."""
+    """(features, positions, vectors), cotangent [B, T]; float32. Positions in [-1.25, 1.25], exact ones at eighths."""
     generator = torch.Generator().manual_seed(seed)
     draw = _integers if exact else _normals
     s = shape
