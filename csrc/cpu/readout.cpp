@@ -165,8 +165,8 @@ struct GradientJob {
   std::int32_t columns;  // features at a time, for the gradient by features
   const PackedWeights* packed;
   const float* cotangent;  // [blocks, batch, kBlockNeurons]
-  float* d_masks;          // [blocks, ranges, kBlockNeurons * rank * positions]; null: not wanted
-  float* d_vectors;        // [blocks, kBlockNeurons * rank * channels]; null: not wanted
+  float* d_masks;          // [blocks, ranges, kBlockNeurons * rank * positions]
+  float* d_vectors;        // [blocks, kBlockNeurons * rank * channels]
   std::atomic<bool> failed{false};
 };
 
@@ -208,8 +208,7 @@ void factors_body(void* argument, RangeSource& ranges) {
       const std::int64_t range = unit % channels.count, block = unit / channels.count;
       kernels().readout.back_factors(job.packed->block(block), job.cotangent + block * a.batch * kBlockNeurons,
                                      a.features, a.batch, channels.first(range), channels.first(range + 1), tile.get(),
-                                     panel.get(), job.d_masks == nullptr ? nullptr : job.d_masks + unit * masks,
-                                     job.d_vectors == nullptr ? nullptr : job.d_vectors + block * vectors);
+                                     panel.get(), job.d_masks + unit * masks, job.d_vectors + block * vectors);
     }
   }
 }
@@ -226,13 +225,13 @@ void unpack_body(void* argument, RangeSource& ranges) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t block = unit / w.rank, r = unit % w.rank, row = block * kBlockNeurons * w.rank + r;
       const std::int32_t width = job.packed->block(block).width, neurons = job.packed->count(block);
-      if (job.d_masks != nullptr) {
+      if (a.d_masks != nullptr) {
         float* parts = job.d_masks + block * count * masks + r * w.positions * width;
         kernels().readout.add(parts + masks, count - 1, masks, w.positions * width, parts);
         kernels().readout.back_transpose(parts, width, neurons, w.positions, w.rank * w.positions,
                                          a.d_masks + row * w.positions);
       }
-      if (job.d_vectors != nullptr) {
+      if (a.d_vectors != nullptr) {
         kernels().readout.back_transpose(job.d_vectors + block * vectors + r * w.channels * width, width, neurons,
                                          w.channels, w.rank * w.channels, a.d_vectors + row * w.channels);
       }
@@ -245,8 +244,8 @@ Status factor_gradients(GradientJob& job) {
   const FactorizedWeights& w = a.weights;
   PackedWeights packed(w);
   const std::int64_t ranges = packed.blocks() * Ranges(w.channels).count;
-  const std::int64_t masks = a.d_masks == nullptr ? 0 : ranges * kBlockNeurons * w.rank * w.positions;
-  const std::int64_t vectors = a.d_vectors == nullptr ? 0 : packed.blocks() * kBlockNeurons * w.rank * w.channels;
+  const std::int64_t masks = ranges * kBlockNeurons * w.rank * w.positions;
+  const std::int64_t vectors = packed.blocks() * kBlockNeurons * w.rank * w.channels;
   const std::unique_ptr<float[]> cotangent = scratch(packed.blocks() * a.batch * kBlockNeurons);
   const std::unique_ptr<float[]> d_masks = scratch(masks), d_vectors = scratch(vectors);
   if (!cotangent || !d_masks || !d_vectors || !packed.pack()) return no_scratch(masks + vectors + packed.numbers());
@@ -260,8 +259,8 @@ Status factor_gradients(GradientJob& job) {
   }
   job.packed = &packed;
   job.cotangent = cotangent.get();
-  job.d_masks = a.d_masks == nullptr ? nullptr : d_masks.get();
-  job.d_vectors = a.d_vectors == nullptr ? nullptr : d_vectors.get();
+  job.d_masks = d_masks.get();
+  job.d_vectors = d_vectors.get();
   parallel_run(ranges, 1, factors_body, &job);
   if (job.failed) return no_scratch((kTileImages + kBlockNeurons) * kColumns);
   parallel_run(packed.blocks() * w.rank, 1, unpack_body, &job);

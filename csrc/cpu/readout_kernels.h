@@ -13,6 +13,7 @@ constexpr std::int32_t kBlockPadding = 16;   // a block's width is a multiple of
 constexpr std::int32_t kProductDepth = 512;  // positions summed in registers: 512 x 64 masks are 128 KB
 constexpr std::int32_t kPanelDepth = 128;    // the same of weights made on the way: 32 KB
 constexpr std::int32_t kColumns = 120;       // features at a time in the gradients by factors
+constexpr std::int32_t kGroupChannels = 4;   // channels that share a visit to the masks of some positions
 constexpr std::int32_t kTileImages = 128;    // images at a time there
 
 // Up to kBlockNeurons neurons, neighbours in memory; those from the last real one to `width` are zeros.
@@ -58,8 +59,8 @@ struct ReadoutKernels {
   void (*back_features)(const FactorizedReadoutGradientArgs& args, std::int64_t first, std::int32_t count,
                         std::int32_t columns, float* panel, float* tail);
 
-  // Channels [first, last) of one block: their part of d_masks, [rank, positions, width], and d_vectors, [rank, channels, width];
-  // null: not wanted. cotangent [batch, width]; `tile`: room for kTileImages * kColumns, `panel` for kColumns * width.
+  // Channels [first, last) of one block: their part of d_masks, [rank, positions, width], and of d_vectors,
+  // [rank, channels, width]. cotangent [batch, width]; `tile`: room for kTileImages * kColumns, `panel` for kColumns * width.
   void (*back_factors)(const NeuronBlock& block, const float* cotangent, const float* features, std::int64_t batch,
                        std::int64_t first, std::int64_t last, float* tile, float* panel, float* d_masks,
                        float* d_vectors);
