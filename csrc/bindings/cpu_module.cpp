@@ -5,23 +5,14 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/parallel.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 using namespace cortexloop;
 
+void bind_readout(py::module_& m);
+
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(Status status) {
-  if (status == Status::ok) return;
-  if (status == Status::invalid_argument) throw py::value_error(last_error());
-  PyErr_SetString(PyExc_MemoryError, last_error());
-  throw py::error_already_set();
-}
 
 BankView bank_view(std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
                    std::int64_t table_stride) {
@@ -114,8 +105,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"),
       py::arg("responses_ptr"));
 
-  bind_bank_pullback(m);
-
   m.def(
       "random_rows",
       [](bool normal, std::uint64_t seed, std::uint32_t stream, std::uint32_t step, std::uintptr_t problems,
@@ -206,8 +195,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       },
       py::arg("x_ptr"), py::arg("y_ptr"), py::arg("n_problems"), py::arg("columns"), py::arg("out_ptr"));
 
-  bind_lasso(m);
-
   py::class_<cpu::BankPlan>(m, "BankPlan")
       .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
                        std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
@@ -231,5 +218,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         check(status);
       });
 
+  bind_bank_pullback(m);
+  bind_lasso(m);
   bind_moments(m);
+  bind_readout(m);
 }

@@ -6,8 +6,9 @@
 #include "../common/model_view.h"
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
-#include "cortexloop/moments.h"
 #include "cortexloop/lasso.h"
+#include "cortexloop/moments.h"
+#include "readout_kernels.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -79,6 +80,7 @@ struct Kernels {
   // One problem of a lasso, and the doubles of scratch that it needs.
   std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
   void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
+  ReadoutKernels readout;
 };
 
 const Kernels* kernels_generic();

@@ -6,6 +6,8 @@
 #include "evolution.inl.h"
 #include "lasso.inl.h"
 #include "moments.inl.h"
+#include "point_readout.inl.h"
+#include "readout.inl.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -20,6 +22,10 @@ constexpr bool kHasFast = true;
 #else
 constexpr bool kHasFast = false;
 #endif
+
+constexpr ReadoutKernels kReadoutKernels = {
+    readout_transpose,      readout_image, readout_images, readout_add,    readout_back_features, readout_back_factors,
+    readout_back_transpose, point_taps,    point_sums,     point_features, point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
@@ -38,7 +44,8 @@ constexpr Kernels make_kernels(const char* name) {
                  kMomentsScratchBytes,
                  moments_columns,
                  lasso_scratch_doubles,
-                 lasso_problem};
+                 lasso_problem,
+                 kReadoutKernels};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Public stateless functions on model banks: they check arguments, convert kinds, and call the operators.
+"""Public stateless functions on model banks and feature maps: they check arguments, convert kinds, call the operators.
 
 May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the number of threads.
 """
@@ -9,6 +9,7 @@ from cortexloop.functional.bank import activations, input_gradient, responses
 from cortexloop.functional.lasso import lasso_path
 from cortexloop.functional.moments import MomentState, feature_moments_update
 from cortexloop.functional.pullback import pullback
+from cortexloop.functional.readout import factorized_readout, point_readout
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import LassoSets, use_backend
@@ -23,6 +24,8 @@ __all__ = [
     "input_gradient",
     "pullback",
     "lasso_path",
+    "factorized_readout",
+    "point_readout",
     "responses",
     "set_num_threads",
     "stream_responses",

@@ -39,6 +39,12 @@ from cortexloop.ops.evolution import (
 from cortexloop.ops.lasso import lasso_path
 from cortexloop.ops.moments import feature_moments
 from cortexloop.ops.pullback import bank_pullback
+from cortexloop.ops.readout import (
+    factorized_readout,
+    factorized_readout_gradient,
+    point_readout,
+    point_readout_gradient,
+)
 
 __all__ = [
     "OPS",
@@ -58,8 +64,12 @@ __all__ = [
     "explain",
     "feature_moments",
     "lasso_path",
+    "factorized_readout",
+    "factorized_readout_gradient",
     "low_rank_product",
     "normals",
+    "point_readout",
+    "point_readout_gradient",
     "problem",
     "row_dots",
     "sample_codes",

@@ -8,10 +8,11 @@ from cortexloop.backends.cpu.evolution import CodeOperators
 from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.cpu.moments import MomentOperators
 from cortexloop.backends.cpu.pullback import PullbackOperators
+from cortexloop.backends.cpu.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperators, LassoOperators):
+class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperators, LassoOperators, ReadoutOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -26,6 +27,8 @@ class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperator
             return self.moments_unsupported(problem)
         if problem.op == "lasso_path":
             return self.lasso_unsupported(problem)
+        if problem.op in ("factorized_readout", "point_readout"):
+            return self.readout_unsupported(problem)
         return self.bank_unsupported(problem)
 
     def note(self, problem: Problem) -> str | None:

@@ -9,6 +9,7 @@ from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
 from cortexloop.backends.reference.moments import MomentOperators
 from cortexloop.backends.reference.pullback import PullbackOperators
+from cortexloop.backends.reference.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
@@ -26,7 +27,9 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators, PullbackOperators, MomentOperators, LassoOperators):
+class ReferenceBackend(
+    BankOperators, CodeOperators, PullbackOperators, MomentOperators, LassoOperators, ReadoutOperators
+):
     """Plain torch; takes everything."""
 
     name = "reference"
