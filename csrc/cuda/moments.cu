@@ -76,14 +76,18 @@ struct MomentsTask {
 template <int kWidth, int kRow, class T>
 __device__ __forceinline__ void fetch_matrix(const T* matrix, std::int64_t rows, std::int64_t columns, std::int64_t row0,
                                              std::int64_t column0, bool vectors, T* to) {
-  constexpr int kEach = 16 / static_cast<int>(sizeof(T)), kChunks = kWidth / kEach;
+  constexpr int kEach = 16 / static_cast<int>(sizeof(T)), kTogether = kThreads / (kWidth / kEach);  // rows at a time
+  static_assert(kThreads % (kWidth / kEach) == 0 && kRows % kTogether == 0, "a thread keeps to its columns");
   if (vectors) {
-#pragma unroll 4
-    for (int i = thread_index(); i < kRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, column = (i % kChunks) * kEach;
-      const bool inside = row0 + row < rows && column0 + column < columns;
-      const T* from = inside ? matrix + (row0 + row) * columns + column0 + column : matrix;
-      copy_async_16(to + row * kRow + column, from, inside ? 16 : 0);
+    const int first = thread_index() / (kWidth / kEach), column = thread_index() % (kWidth / kEach) * kEach;
+    const std::int64_t rows_left = column0 + column < columns ? rows - row0 - first : 0;
+    const T* from = matrix + (row0 + first) * columns + column0 + column;
+    to += first * kRow + column;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kTogether) {
+      const bool inside = row < rows_left;
+      copy_async_16(to + row * kRow, inside ? from : matrix, inside ? 16 : 0);
+      from += kTogether * columns;
     }
     return;
   }
