@@ -11,7 +11,7 @@ from cortexloop.testing import error_ratio
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((1, 1, 1), (7, 17, 3), (64, 130, 65), (33, 128, 64), (100, 1024, 2), (300, 4099, 70))
+SHAPES = ((1, 1, 1), (7, 17, 3), (64, 130, 65), (33, 128, 64), (100, 1024, 2), (300, 1027, 70))
 # Root mean square error of the products, relative to their own, after thousands of images: tensor cores sum 32 images at a
 # time, and what that loses is seen on hardware only.
 ROUNDING = 2e-6
@@ -56,7 +56,7 @@ def test_moments_are_the_same_in_every_run(gpu_engine: str, device: torch.device
     """And for columns by themselves, whose rows begin elsewhere."""
     problem = random_moments(200, 1024, 66).to(device)
     expected = updated(problem, gpu_engine)
-    for _ in range(20):
+    for _ in range(5):
         assert updated(problem, gpu_engine).equals(expected)
     part = slice(129, 518)
     state = problem.state
