@@ -10,7 +10,7 @@ from guarded import Guarded, guarded
 from moment_problems import MomentProblem, State
 from torch import Tensor
 
-from cortexloop._native.moments_gpu import FEATURE_CODES
+from cortexloop._native.moments import FEATURE_CODES
 
 
 def writable(x: Tensor, align: int, at_start: bool) -> Guarded:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from cortexloop import _device, _native
 from cortexloop._native import pointer
-
-FEATURE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from cortexloop._native.moments import FEATURE_CODES
 
 
 def feature_moments(

@@ -6,13 +6,16 @@ May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the
 from __future__ import annotations
 
 from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.moments import MomentState, feature_moments_update
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import use_backend
 
 __all__ = [
+    "MomentState",
     "activations",
     "explain",
+    "feature_moments_update",
     "get_num_threads",
     "input_gradient",
     "responses",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cortexloop import _device, _native
 from cortexloop._native import gpu, moments_gpu
+from cortexloop._native.moments import FEATURE_CODES
 from cortexloop.backends.registry import Problem
 
 
@@ -18,7 +19,7 @@ class MomentOperators:
             return reason
         if problem.device != gpu.device_type():
             return f"the CUDA kernels work in GPU memory, the features are on {problem.device}"
-        if problem.dtype not in moments_gpu.FEATURE_CODES:
+        if problem.dtype not in FEATURE_CODES:
             dtype = str(problem.dtype).removeprefix("torch.")
             return f"the CUDA kernels take float32, float16 and bfloat16 features, these are {dtype}"
         return gpu.device_unsupported(problem.index)
