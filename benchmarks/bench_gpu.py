@@ -1,5 +1,5 @@
-"""The bank of compact models on a GPU against torch: latency, throughput, gradients, a streamed image bank, accuracy; and
-streaming moments (gpu_moments.py).
+"""The bank of compact models on a GPU against torch: latency, throughput, gradients, a streamed image bank, accuracy;
+and streaming moments (gpu_moments.py).
 
     python benchmarks/bench_gpu.py [--out FOLDER] [--only latency,throughput,...] [--budget 240] [--commit HASH]
 

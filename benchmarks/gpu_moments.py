@@ -1,7 +1,7 @@
 """One part of bench_gpu.py: a batch of features joins running cross-moments, against torch's products and the memory.
 
-What the floors count: features once, cross read and written, at the rate of a copy; and three products of tf32 for each of
-float32, at the rate of torch's own tf32 product.
+What the floors count: features once, cross read and written, at the rate of a copy; and three products of tf32 for each
+of float32, at the rate of torch's own tf32 product.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Batch:
         return (self.centred.double().mT @ (x - x.mean(0))).cpu().numpy()
 
 
-def contender(name: str, batch: Batch, update: Callable[[torch.Tensor, State], Any], kind: str = "fp32") -> GpuContender:
+def contender(
+    name: str, batch: Batch, update: Callable[[torch.Tensor, State], Any], kind: str = "fp32"
+) -> GpuContender:
     def run(i: int) -> Any:
         return update(batch.features[i % len(batch.features)], batch.state)
 

@@ -96,7 +96,13 @@ def exact_moments(
 
 
 def random_moments(
-    images: int, columns: int, neurons: int, *, dtype: torch.dtype = torch.float32, weighted: bool = False, seed: int = 0
+    images: int,
+    columns: int,
+    neurons: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weighted: bool = False,
+    seed: int = 0,
 ) -> MomentProblem:
     """Rectified features with means of their own and a few large ones, responses that follow some of them."""
     rng = np.random.default_rng([seed, images, columns, neurons])

@@ -20,9 +20,10 @@
 //
 // Floor for D = 200,704, N = 3000 in one batch, T = 64, on an H200: 2.41 GB of features at 4.3 TB/s are 0.56 ms; cross, read and
 // written, adds 0.1 GB (0.02 ms). Products: 3 x 77 GFLOP are 0.47 ms at 495 TFLOP/s, 0.78 ms at the 60 % of it that mma.sync is
-// said to reach. Shared memory: 24 words of fragments a lane for 48 products, half of its bandwidth then.
-// Prediction, before any run: 0.8 to 1.0 ms, bound by tensor cores; at N = 64 to a batch, where cross is two thirds of the
-// bytes, 45 to 60 us against a floor of 36 us. Batches of 512 and more hide the updates.
+// said to reach. Instructions: about 290 for the 48 products of a step of a warp, 0.73 ms. Shared memory: 24 words of fragments a
+// lane for 48 products, half of its bandwidth then.
+// Prediction, before any run: 0.8 to 1.1 ms, bound by tensor cores and instructions; 64 images to a batch, where cross is two
+// thirds of the bytes, 45 to 60 us against a floor of 36 us. Batches of 512 and more hide the updates.
 #include "cortexloop/moments.h"
 
 #include "launch.h"
@@ -36,7 +37,8 @@ constexpr int kNeurons = 64;
 constexpr int kRows = 32;  // of a chunk; of which the origin is the mean, at most
 constexpr int kStages = 3;
 constexpr int kColumnTiles = 4, kNeuronTiles = kNeurons / 16, kSteps = kRows / 8;
-static_assert(kColumns == kThreads && kThreads / 32 == kNeuronTiles, "a thread looks after a column, a warp after a tile");
+static_assert(kColumns == kThreads && kThreads / 32 == kNeuronTiles,
+              "a thread looks after a column, a warp after a tile");
 
 struct Bfloat16 {
   std::uint16_t bits;
@@ -74,8 +76,8 @@ struct MomentsTask {
 
 // Starts to copy kRows rows, from row0 on, of kWidth columns, from column0 on, of a matrix; numbers outside become zero.
 template <int kWidth, int kRow, class T>
-__device__ __forceinline__ void fetch_matrix(const T* matrix, std::int64_t rows, std::int64_t columns, std::int64_t row0,
-                                             std::int64_t column0, bool vectors, T* to) {
+__device__ __forceinline__ void fetch_matrix(const T* matrix, std::int64_t rows, std::int64_t columns,
+                                             std::int64_t row0, std::int64_t column0, bool vectors, T* to) {
   constexpr int kEach = 16 / static_cast<int>(sizeof(T)), kTogether = kThreads / (kWidth / kEach);  // rows at a time
   static_assert(kThreads % (kWidth / kEach) == 0 && kRows % kTogether == 0, "a thread keeps to its columns");
   if (vectors) {
@@ -110,8 +112,8 @@ __device__ __forceinline__ void fetch_chunk(const MomentsTask& task, std::int64_
   using Shape = MomentsShape<Element>;
   const FeatureMomentsArgs& a = task.args;
   const std::int64_t row0 = chunk * kRows;
-  fetch_matrix<kColumns, Shape::kFeatureRow>(static_cast<const Element*>(a.features), a.images, a.columns, row0, column0,
-                                             task.feature_vectors != 0, reinterpret_cast<Element*>(place));
+  fetch_matrix<kColumns, Shape::kFeatureRow>(static_cast<const Element*>(a.features), a.images, a.columns, row0,
+                                             column0, task.feature_vectors != 0, reinterpret_cast<Element*>(place));
   fetch_matrix<kNeurons, Shape::kCentredRow>(a.centred, a.images, a.neurons, row0, neuron0, task.centred_vectors != 0,
                                              reinterpret_cast<float*>(place + Shape::kCentred));
   const int row = thread_index();
@@ -335,8 +337,8 @@ __global__ __launch_bounds__(kThreads, 2) void feature_moments_kernel(MomentsTas
 template <class Element>
 Status launch_moments(const MomentsTask& task, cudaStream_t stream) {
   const std::int64_t blocks = (task.args.columns + kColumns - 1) / kColumns;
-  return launch("feature_moments_kernel", feature_moments_kernel<Element>, dim3(static_cast<unsigned>(blocks)), kThreads,
-                MomentsShape<Element>::kBytes, stream, task);
+  return launch("feature_moments_kernel", feature_moments_kernel<Element>, dim3(static_cast<unsigned>(blocks)),
+                kThreads, MomentsShape<Element>::kBytes, stream, task);
 }
 
 bool aligned_to(const void* address, std::int64_t row_bytes, std::int64_t bytes) {
@@ -347,7 +349,8 @@ bool aligned_to(const void* address, std::int64_t row_bytes, std::int64_t bytes)
 
 Status feature_moments(const FeatureMomentsArgs& args, int device, void* stream) {
   if (args.images < 1 || args.columns < 1 || args.neurons < 1) {
-    return fail(Status::invalid_argument, "feature_moments: %lld images, %lld columns and %lld neurons, 1 at least expected",
+    return fail(Status::invalid_argument,
+                "feature_moments: %lld images, %lld columns and %lld neurons, 1 at least expected",
                 static_cast<long long>(args.images), static_cast<long long>(args.columns),
                 static_cast<long long>(args.neurons));
   }

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from guarded import Guarded, guarded
-from moment_problems import MomentProblem, State
 from torch import Tensor
 
 from cortexloop._native.moments import FEATURE_CODES
+from moment_problems import MomentProblem, State
 
 
 def writable(x: Tensor, align: int, at_start: bool) -> Guarded:

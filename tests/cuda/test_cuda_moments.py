@@ -9,12 +9,12 @@ import pytest
 import torch
 from emulated_build import Settings
 from emulated_moments import emulated_moments
-from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 from torch import Tensor
 
 from cortexloop import BackendError, _native, ops
 from cortexloop.backends.registry import Problem, backend
 from cortexloop.testing import error_ratio
+from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Images, columns, neurons: one of everything; odd rows; several blocks of columns, neurons and images with remainders.
@@ -44,9 +44,7 @@ def test_exact(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 17, 3), (7, 130, 65), (64, 130, 64), (1000, 128, 20)], ids=str)
-def test_close(
-    emulated_cuda: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, weighted: bool
-) -> None:
+def test_close(emulated_cuda: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype, weighted: bool) -> None:
     """As accurate as float32 products can be, and closer to float64 than float32 moments are."""
     problem = random_moments(*shape, dtype=dtype, weighted=weighted)
     got, expected = emulated_moments(emulated_cuda, problem), answer(problem)
@@ -152,9 +150,7 @@ def test_no_races(emulated_checked_cuda: ModuleType, align: int | None, schedule
 
 
 @pytest.mark.parametrize("shared_memory", [99, 163, 227], ids=lambda n: f"{n} KB")
-def test_one_launch_on_every_device(
-    emulated_cuda: ModuleType, emulated_device: Settings, shared_memory: int
-) -> None:
+def test_one_launch_on_every_device(emulated_cuda: ModuleType, emulated_device: Settings, shared_memory: int) -> None:
     problem = exact_moments(40, 300, 4)
     emulated_device["shared_memory"] = shared_memory * 1024
     launches, blocks = emulated_device["launches"], emulated_device["blocks"]

@@ -51,7 +51,8 @@ def checked_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    for name in ("product", "tf32_product", "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
+    products = ("product", "tf32_product")
+    for name in (*products, "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.permuted.restype = ctypes.c_uint
     return loaded

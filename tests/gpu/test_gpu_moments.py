@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 
 from cortexloop import BackendError, ops
 from cortexloop.testing import error_ratio
+from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1, 1), (7, 17, 3), (64, 130, 65), (33, 128, 64), (100, 1024, 2), (300, 1027, 70))
-# Root mean square error of the products, relative to their own, after thousands of images: tensor cores sum 32 images at a
-# time, and what that loses is seen on hardware only.
+# Root mean square error of the products, relative to their own, after thousands of images: tensor cores sum 32 images
+# at a time, and what that loses is seen on hardware only.
 ROUNDING = 2e-6
 
 
@@ -111,6 +111,6 @@ def test_auto_takes_the_kernels(gpu_engine: str, real_gpu: torch.device) -> None
     problem = exact_moments(5, 9, 2).to(real_gpu)
     expected = answer(problem)
     assert updated(problem, "auto").equals(State(expected.mean, expected.m2, expected.cross.float()))
+    wrong = MomentProblem(problem.features.double(), *problem.inputs[1:], problem.state)
     with pytest.raises(BackendError, match="float64"):
-        wrong = MomentProblem(problem.features.double(), *problem.inputs[1:], problem.state)
         updated(wrong, gpu_engine)

@@ -13,11 +13,11 @@ import pytest
 import torch
 import triton
 from compiled_kernels import AMD, NVIDIA, SHARED_MEMORY, STACK, resources
-from moment_problems import exact_moments
 from triton.compiler import ASTSource
 
 from cortexloop.backends.triton import moments
 from cortexloop.backends.triton.moments_kernel import _feature_moments_kernel
+from moment_problems import exact_moments
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

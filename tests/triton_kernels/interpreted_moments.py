@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import triton
-from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 
 from cortexloop import ops
 from cortexloop.backends.registry import Problem, backend
 from cortexloop.backends.triton import moments
 from cortexloop.testing import error_ratio
+from moment_problems import MomentProblem, State, answer, exact_moments, random_moments
 
 DTYPES = moments.FEATURE_DTYPES
 

@@ -6,7 +6,7 @@
 //   m2    += sum_i w_i (x_i - xb)^2 + f * d^2
 //   mean  += d * batch / (before + batch)
 //
-// A column is computed by itself, images in order, so its bits depend on neither threads nor other columns.
+// A column is computed by itself, images in one order, so its bits depend on neither threads nor other columns.
 #pragma once
 
 #include <cstdint>

@@ -23,8 +23,8 @@ def feature_moments(
 ) -> None:
     """Update `mean`, `m2` (float64 [D]) and `cross` (float32 [T, D]) in place, on the current stream; does not wait.
 
-    features: float32, float16 or bfloat16 [B, D]; weights: float32 [B]; centred: float32 [B, T]; shift: float32 [T]. All on
-    one device.
+    features: float32, float16 or bfloat16 [B, D]; weights: float32 [B]; centred: float32 [B, T]; shift: float32 [T].
+    All on one device.
     """
     (images, columns), neurons, device = features.shape, centred.shape[1], features.device
     if features.dtype not in FEATURE_CODES:

@@ -48,8 +48,8 @@ void tf32_product(const Lanes& lanes, std::string* error) {
       all |= operands.b[r];
     }
     if ((all & 0x1fffu) != 0) {
-      *error = format("mma_1688 at %s: lane %d has an operand that is not a tf32 number", place(lanes[lane].site).c_str(),
-                      lane);
+      *error = format("mma_1688 at %s: lane %d has an operand that is not a tf32 number",
+                      place(lanes[lane].site).c_str(), lane);
       return;
     }
     for (int i = 0; i < 4; ++i) d[g + 8 * (i / 2)][2 * t + i % 2] = operands.d[i];

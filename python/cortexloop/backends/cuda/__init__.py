@@ -1,4 +1,4 @@
-"""The CUDA kernels for NVIDIA's GPUs from compute capability 8.0 on: a whole bank or a batch of moments in a few launches."""
+"""The CUDA kernels for NVIDIA's GPUs from compute capability 8.0 on: a bank, or a batch of moments, in few launches."""
 
 from __future__ import annotations
 

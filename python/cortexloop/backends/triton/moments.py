@@ -27,7 +27,7 @@ def halves(x: float) -> tuple[float, float]:
 
 
 def launch_config(dtype: torch.dtype) -> dict[str, int | bool]:
-    """Block sizes and compiler options. With a third stage, 16-bit features would need more registers than there are."""
+    """Block sizes and compiler options. A third stage needs more registers with 16-bit features than there are."""
     stages = 3 if dtype == torch.float32 else 2
     return {**BLOCKS, "num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}
 

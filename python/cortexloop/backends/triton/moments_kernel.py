@@ -17,10 +17,10 @@ def _feature_moments_kernel(
         features x [images, columns]; weights [images]; centred [images, neurons]; shift [neurons]
         mean, m2 float64 [columns]; cross float32 [neurons, columns]
 
-    Sums run over x - origin, where origin is the mean of the first `sample` rows (at most BLOCK_ROWS, a power of two), so
-    that a batch is read once per BLOCK_NEURONS responses and a constant column has no spread. Chunks of BLOCK_ROWS images
-    are summed by themselves, products by tensor cores, and then added: columns in float64, products in float32. `_high` +
-    `_low`: numbers of the host, which reach kernels in float32.
+    Sums run over x - origin, where origin is the mean of the first `sample` rows (at most BLOCK_ROWS, a power of two),
+    so that a batch is read once per BLOCK_NEURONS responses and a constant column has no spread. Chunks of BLOCK_ROWS
+    images are summed by themselves, products by tensor cores, and then added: columns in float64, products in float32.
+    `_high` + `_low`: numbers of the host, which reach kernels in float32.
     """
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < columns
