@@ -240,7 +240,7 @@ def benchmark_stage(out: Path, seconds: float, commit: str | None, *, rehearse: 
     command += ["--commit", commit] if commit else []
     if rehearse:
         command += ["--rehearse", "--device", "cpu", "--budget", "1", "--only"]
-        command += ["ceilings,latency,throughput,gradient,stream,accuracy,peers"]
+        command += ["ceilings,latency,throughput,gradient,stream,accuracy,moments,peers"]
     else:
         command += ["--budget", f"{seconds:.0f}"]
     return Stage("benchmark", (tuple(command),), limit=1.3 * seconds + 30)
