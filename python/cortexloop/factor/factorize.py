@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cortexloop.factor._checks import Array, floats, listed
 from cortexloop.factor.factors import Factors
-from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf, leading_vectors, split_signs
+from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf, split_signs
 
 Method = Literal["posneg_nmf", "semi_nmf", "svd"]
 Init = Literal["nndsvda", "nndsvd", "random"]
@@ -146,7 +146,9 @@ def factorize(
     return found[rank] if ranks is None else found
 
 
-def factorize_layers(tensors: Mapping[str, Array], method: Method = "posneg_nmf", **options: object) -> dict[str, Factors]:
+def factorize_layers(
+    tensors: Mapping[str, Array], method: Method = "posneg_nmf", **options: object
+) -> dict[str, Factors]:
     """`factorize` for several layers, those of one shape (and type) in one batch.
 
     Args:
