@@ -21,7 +21,7 @@ def factors(rng: np.random.Generator) -> Factors:
 
 
 def test_images_climb_the_score_of_their_neuron(factors: Factors, source: ModuleFeatures):
-    found = optimal_images(factors, source, starts=2, steps=15, batch=4, seed=1)
+    found = optimal_images(factors, source, starts=2, steps=15, step_size=2.0, batch=4, seed=1)
     assert found.images.shape == (3, 2, 24, 24, 3)
     assert found.best.shape == (3, 24, 24, 3)
     assert (found.scores > found.initial + 0.1).all()

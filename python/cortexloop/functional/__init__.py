@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from cortexloop.functional.ascent import Climb, gaussian_blur, gradient_ascent
 from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.lasso import lasso_path
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
-from cortexloop.ops import use_backend
+from cortexloop.ops import LassoSets, use_backend
 
 __all__ = [
     "Climb",
+    "LassoSets",
     "activations",
     "explain",
     "gaussian_blur",
     "get_num_threads",
     "gradient_ascent",
     "input_gradient",
+    "lasso_path",
     "responses",
     "set_num_threads",
     "stream_responses",

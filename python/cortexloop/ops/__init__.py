@@ -26,6 +26,7 @@ from cortexloop.ops.bank import (
     evaluate_gradient,
     problem,
 )
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.ops.evolution import (
     code_moments,
     low_rank_product,
@@ -34,12 +35,14 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.lasso import lasso_path
 
 __all__ = [
     "OPS",
     "BackendError",
     "BackendWarning",
     "Explanation",
+    "LassoSets",
     "Problem",
     "bank_activations",
     "bank_forward",
@@ -49,6 +52,7 @@ __all__ = [
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "lasso_path",
     "low_rank_product",
     "normals",
     "problem",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators):
+class CpuBackend(BankOperators, CodeOperators, LassoOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -19,6 +20,8 @@ class CpuBackend(BankOperators, CodeOperators):
             return reason
         if problem.op == "sample_codes":
             return self.codes_unsupported(problem)
+        if problem.op == "lasso_path":
+            return self.lasso_unsupported(problem)
         return self.bank_unsupported(problem)
 
     def note(self, problem: Problem) -> str | None:
