@@ -5,23 +5,14 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/parallel.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 using namespace cortexloop;
 
+void bind_readout(py::module_& m);
+
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(Status status) {
-  if (status == Status::ok) return;
-  if (status == Status::invalid_argument) throw py::value_error(last_error());
-  PyErr_SetString(PyExc_MemoryError, last_error());
-  throw py::error_already_set();
-}
 
 BankView bank_view(std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
                    std::int64_t table_stride) {
@@ -226,4 +217,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         }
         check(status);
       });
+
+  bind_readout(m);
 }

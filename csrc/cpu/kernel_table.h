@@ -7,6 +7,7 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/lasso.h"
+#include "readout_kernels.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -61,6 +62,7 @@ struct Kernels {
   // One problem of a lasso, and the doubles of scratch that it needs.
   std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
   void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
+  ReadoutKernels readout;
 };
 
 const Kernels* kernels_generic();

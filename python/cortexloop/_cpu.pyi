@@ -86,6 +86,60 @@ def code_moments(
 ) -> None: ...
 def low_rank_product(x: int, left: int, right: int, rank: int, n_problems: int, columns: int, out: int) -> None: ...
 def row_dots(x: int, y: int, n_problems: int, columns: int, out: int) -> None: ...
+def factorized_readout(
+    features: int,
+    batch: int,
+    masks: int,
+    vectors: int,
+    neurons: int,
+    rank: int,
+    channels: int,
+    positions: int,
+    responses: int,
+) -> None: ...
+def factorized_readout_gradient(
+    features: int,
+    batch: int,
+    masks: int,
+    vectors: int,
+    neurons: int,
+    rank: int,
+    channels: int,
+    positions: int,
+    cotangent: int,
+    d_features: int,
+    d_masks: int,
+    d_vectors: int,
+) -> None: ...
+def point_readout(
+    features: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    positions: int,
+    shared: bool,
+    vectors: int,
+    neurons: int,
+    align_corners: bool,
+    responses: int,
+) -> None: ...
+def point_readout_gradient(
+    features: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    positions: int,
+    shared: bool,
+    vectors: int,
+    neurons: int,
+    align_corners: bool,
+    cotangent: int,
+    d_features: int,
+    d_positions: int,
+    d_vectors: int,
+) -> None: ...
 
 class BankPlan:
     def __init__(

@@ -74,6 +74,11 @@ class Problem:
     bank: BankShape | None = None
 
 
+Wanted = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""By three inputs of a readout; None for those not wanted."""
+
+
 class Backend(Protocol):
     """An implementation of the operators in `OPS`; those that it calls unsupported need not exist."""
 
@@ -129,6 +134,24 @@ class Backend(Protocol):
         tolerance: float,
         max_sweeps: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def factorized_readout(self, features: Tensor, masks: Tensor, vectors: Tensor) -> Tensor: ...
+
+    def factorized_readout_gradient(
+        self, features: Tensor, masks: Tensor, vectors: Tensor, cotangent: Tensor, wanted: Wanted
+    ) -> Gradients: ...
+
+    def point_readout(self, features: Tensor, positions: Tensor, vectors: Tensor, align_corners: bool) -> Tensor: ...
+
+    def point_readout_gradient(
+        self,
+        features: Tensor,
+        positions: Tensor,
+        vectors: Tensor,
+        align_corners: bool,
+        cotangent: Tensor,
+        wanted: Wanted,
+    ) -> Gradients: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Public stateless functions on model banks: they check arguments, convert kinds, and call the operators.
+"""Public stateless functions on model banks and feature maps: they check arguments, convert kinds, call the operators.
 
 May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the number of threads.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from cortexloop.functional.ascent import Climb, gaussian_blur, gradient_ascent
 from cortexloop.functional.bank import activations, input_gradient, responses
 from cortexloop.functional.lasso import lasso_path
+from cortexloop.functional.readout import factorized_readout, point_readout
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import LassoSets, use_backend
@@ -17,11 +18,13 @@ __all__ = [
     "LassoSets",
     "activations",
     "explain",
+    "factorized_readout",
     "gaussian_blur",
     "get_num_threads",
     "gradient_ascent",
     "input_gradient",
     "lasso_path",
+    "point_readout",
     "responses",
     "set_num_threads",
     "stream_responses",

@@ -36,6 +36,12 @@ from cortexloop.ops.evolution import (
     uniforms,
 )
 from cortexloop.ops.lasso import lasso_path
+from cortexloop.ops.readout import (
+    factorized_readout,
+    factorized_readout_gradient,
+    point_readout,
+    point_readout_gradient,
+)
 
 __all__ = [
     "OPS",
@@ -52,9 +58,13 @@ __all__ = [
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "factorized_readout",
+    "factorized_readout_gradient",
     "lasso_path",
     "low_rank_product",
     "normals",
+    "point_readout",
+    "point_readout_gradient",
     "problem",
     "row_dots",
     "sample_codes",

@@ -6,10 +6,11 @@ from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
 from cortexloop.backends.cpu.lasso import LassoOperators
+from cortexloop.backends.cpu.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators, LassoOperators):
+class CpuBackend(BankOperators, CodeOperators, LassoOperators, ReadoutOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -22,7 +23,11 @@ class CpuBackend(BankOperators, CodeOperators, LassoOperators):
             return self.codes_unsupported(problem)
         if problem.op == "lasso_path":
             return self.lasso_unsupported(problem)
-        return self.bank_unsupported(problem)
+        if problem.op in ("factorized_readout", "point_readout"):
+            return self.readout_unsupported(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient"):
+            return self.bank_unsupported(problem)
+        return f"there is no C++ kernel for {problem.op}"
 
     def note(self, problem: Problem) -> str | None:
         if problem.op in ("bank_forward", "bank_input_gradient"):

@@ -7,8 +7,8 @@ import torch
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
+from cortexloop.backends.reference.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
-
 
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 
@@ -24,7 +24,7 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators, LassoOperators):
+class ReferenceBackend(BankOperators, CodeOperators, LassoOperators, ReadoutOperators):
     """Plain torch; takes everything."""
 
     name = "reference"
