@@ -24,18 +24,24 @@ from cortexloop.factor.factors import Factors
 from cortexloop.factor.gaussian import Gaussians, fit_gaussians
 from cortexloop.factor.images import OptimalImages, optimal_images
 from cortexloop.factor.joint import JointFit, fit_joint
+from cortexloop.factor.model import FactorModel
+from cortexloop.factor.moments import FeatureMoments
 from cortexloop.factor.nonlinearity import Softplus, fit_softplus
 from cortexloop.factor.receptive import Agreement, back_projected, compare_fields, feature_field, overlap
 from cortexloop.factor.scores import factor_features, mask_features, score, vector_features
+from cortexloop.factor.thresholds import Thresholded, threshold
 
 __all__ = [
     "Agreement",
     "Control",
+    "FactorModel",
     "Factors",
+    "FeatureMoments",
     "Gaussians",
     "JointFit",
     "OptimalImages",
     "Softplus",
+    "Thresholded",
     "back_projected",
     "channel_permutation",
     "compare_fields",
@@ -56,5 +62,6 @@ __all__ = [
     "score",
     "sign_flip",
     "target",
+    "threshold",
     "vector_features",
 ]

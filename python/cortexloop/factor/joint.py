@@ -12,7 +12,7 @@ from torch import Tensor
 from cortexloop.factor._checks import Array, floats
 from cortexloop.factor.factorize import cropped, in_order
 from cortexloop.factor.factors import Factors
-from cortexloop.factor.scores import linear_score, mask_features, vector_features
+from cortexloop.factor.scores import linear_score, mask_features, readout, vector_features
 from cortexloop.regression import ridge
 
 ALPHAS = tuple(10.0**k for k in range(-6, 7))
@@ -187,7 +187,7 @@ def fit_by_gradient(
         for part in order.split(batch):
             shown = (x[part] - mean[:, None, None]) / deviation[:, None, None]
             h, w, b = parameters
-            error = _readout(shown, h, w) + b - y[part]
+            error = readout(shown, h, w) + b - y[part]
             loss = error.square().mean(0)
             with torch.no_grad():
                 history[epoch] += loss.double().cpu() * (len(part) / len(x))
@@ -275,16 +275,12 @@ def _nonnegative_ridge(x: Tensor, y: Tensor, alpha: float, start: Tensor, iterat
     return h
 
 
-def _readout(x: Tensor, masks: Tensor, vectors: Tensor) -> Tensor:
-    return torch.einsum("bchw,trhw,trc->bt", x, masks, vectors)
-
-
 def _scaled(
     x: Tensor, y: Tensor, mean: Tensor, deviation: Tensor, masks: Tensor, vectors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The start, scaled so that it predicts as well as it can, the scale shared evenly by masks and vectors."""
     parts = [
-        _readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in x.split(256)
+        readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in x.split(256)
     ]
     scores = torch.cat(parts).double()
     centre = scores.mean(0)
