@@ -173,9 +173,9 @@ def test_images_through_a_source(source: ModuleFeatures, rng: np.random.Generato
     assert torch.equal(back.predict(images), shown.predict(images))
     assert back.settings["source"]["name"] == "tiny"
     assert "tiny" in back.summary()
+    other = FactorModel.fit(None, torch.randn(9, 8, 7, 6), torch.randn(9, 1), rank=1, threshold="none")
     with pytest.raises(ValueError, match=r"maps \[8, 7, 6\]"):
-        fit_on_other = FactorModel.fit(None, torch.randn(9, 8, 7, 6), torch.randn(9, 1), rank=1, threshold="none")
-        fit_on_other.with_source(source)
+        other.with_source(source)
 
 
 def test_weights_of_images_count_repeats(data: tuple[Tensor, Tensor]):

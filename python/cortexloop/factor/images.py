@@ -99,7 +99,7 @@ def optimal_images(
     pairs = torch.arange(count * s, device=source.device)
     norms = (moved.tensor() if isinstance(moved, Factors) else moved).flatten(1).norm(dim=1)
     results: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for chunk in pairs.split(batch or source.batch):
+    for chunk in torch.split(pairs, batch or source.batch):
         neurons, from_start = chunk // s, chunk % s
 
         def value(x: Tensor, neurons: Tensor = neurons) -> Tensor:

@@ -54,8 +54,8 @@ def threshold(
     """Set to 0 the entries of a view whose correlation with the response may be chance.
 
     - "two_sided": |t| >= level (3) survives;
-    - "published": t >= level (3): only positive correlations, the default of the published code (T threshold (-inf, 3)),
-      although its factorization then splits positive from negative entries;
+    - "published": t >= level (3): only positive correlations, the default of the published code (T threshold
+      (-inf, 3)), although its factorization then splits positive from negative entries;
     - "negative": t <= -level (3);
     - "fdr": Benjamini-Hochberg over the living features of each neuron, two-sided, false discovery rate `level` (0.05);
     - "permutation": |correlation - mean| >= level (5) standard deviations, both over permutations of the responses;
@@ -142,7 +142,9 @@ def two_sided_p(t: Tensor, freedom: float) -> Tensor:
     b = 48.0 * a * a
     z = torch.sqrt(a * torch.log1p(t.double().square() / freedom))
     z2 = z * z
-    z = z + z * (z2 + 3.0) / b - z * (((4.0 * z2 + 33.0) * z2 + 240.0) * z2 + 855.0) / (
-        10.0 * b * (b + 0.8 * z2 * z2 + 100.0)
+    z = (
+        z
+        + z * (z2 + 3.0) / b
+        - z * (((4.0 * z2 + 33.0) * z2 + 240.0) * z2 + 855.0) / (10.0 * b * (b + 0.8 * z2 * z2 + 100.0))
     )
     return torch.erfc(z / math.sqrt(2.0))
