@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Bytes of matrices worked on together on a CPU (both orders of each): few enough to stay in a core's share of the
 # cache, many enough to spread the cost of a call over several neurons.
-_CPU_BYTES = 10_000_000
+_CPU_BYTES = 5_000_000
 _GPU_BYTES = 2_000_000_000
 _EXACT_SVD_UP_TO = 256  # positions; above, a few rounds of subspace iteration are faster than all eigenvectors
 _TINY = 1e-6  # entries of the initial factors that count as 0, as published; so the start depends on the unit
