@@ -5,6 +5,7 @@ May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the
 
 from __future__ import annotations
 
+from cortexloop.functional.ascent import Climb, gradient_ascent
 from cortexloop.functional.bank import activations, input_gradient, responses
 from cortexloop.functional.lasso import lasso_path
 from cortexloop.functional.moments import MomentState, feature_moments_update
@@ -15,17 +16,19 @@ from cortexloop.functional.stream import stream_responses
 from cortexloop.ops import LassoSets, use_backend
 
 __all__ = [
-    "MomentState",
+    "Climb",
     "LassoSets",
+    "MomentState",
     "activations",
     "explain",
+    "factorized_readout",
     "feature_moments_update",
     "get_num_threads",
+    "gradient_ascent",
     "input_gradient",
-    "pullback",
     "lasso_path",
-    "factorized_readout",
     "point_readout",
+    "pullback",
     "responses",
     "set_num_threads",
     "stream_responses",
