@@ -105,7 +105,7 @@ class FeatureMoments(MomentViews):
             if needed > max_bytes:
                 raise ValueError(
                     f"{permutations} permutations of {neurons} neurons on {size} features need "
-                    f"{needed / 2**30:.1f} GiB of max_bytes = {max_bytes / 2**30:.1f} GiB; take fewer permutations, neurons or features"
+                    f"{needed / 2**30:.1f} GiB, max_bytes is {max_bytes / 2**30:.1f} GiB; take fewer of them"
                 )
             assert responses is not None
             self._permutations = Permutations.draw(responses, neurons, permutations, seed)
