@@ -54,7 +54,12 @@ class BankFeatures(FeatureSource):
 
     @classmethod
     def of_weights(
-        cls, weights: CompactWeights | SharedCompactWeights, layer: int = -1, *, batch: int = 64
+        cls,
+        weights: CompactWeights | SharedCompactWeights,
+        layer: int = -1,
+        *,
+        batch: int = 64,
+        device: torch.device | str = "cpu",
     ) -> BankFeatures:
         """A layer of a model given as raw parameters: of a shared compact model, too, whose trunk has the same form.
 
@@ -68,7 +73,7 @@ class BankFeatures(FeatureSource):
             weights = CompactWeights(
                 weights.name, weights.layers, empty, 0.0, weights.height, weights.width, weights.image_mean
             )
-        return cls(ModelBank([weights]), 0, layer, batch=batch)
+        return cls(ModelBank([weights]).to(device), 0, layer, batch=batch)
 
     @property
     def device(self) -> torch.device:
@@ -116,4 +121,5 @@ class _BankLinearization(Linearization):
 
     def pullback(self, cotangents: Tensor) -> Tensor:
         self._check(cotangents)
-        return pullback(self._shown, self._bank, cotangents.permute(0, 1, 3, 4, 2).contiguous())
+        backend = "reference" if self._shown.dtype == torch.float64 else "auto"  # which alone takes float64
+        return pullback(self._shown, self._bank, cotangents.permute(0, 1, 3, 4, 2).contiguous(), backend=backend)
