@@ -46,6 +46,8 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 }  // namespace
 
 void bind_lasso(py::module_& m);
+void bind_bank_pullback(py::module_& m);
+void bind_moments(py::module_& m);  // moments.cpp
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
@@ -102,6 +104,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
       py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"),
       py::arg("responses_ptr"));
+
+  bind_bank_pullback(m);
 
   m.def(
       "random_rows",
@@ -219,4 +223,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       });
 
   bind_readout(m);
+  bind_moments(m);
 }

@@ -47,6 +47,22 @@ def bank_input_gradient(
     grad: int,
     responses: int,
 ) -> None: ...
+def bank_pullback(
+    images: int,
+    dtype: int,
+    layout: int,
+    batch: int,
+    height: int,
+    width: int,
+    weights: int,
+    weights_length: int,
+    table: int,
+    models: int,
+    columns: int,
+    cotangents: int,
+    count: int,
+    grads: int,
+) -> None: ...
 def random_rows(
     normal: bool,
     seed: int,
@@ -139,6 +155,20 @@ def point_readout_gradient(
     d_features: int,
     d_positions: int,
     d_vectors: int,
+def feature_moments(
+    features: int,
+    dtype: int,
+    weights: int,
+    centred: int,
+    shift: int,
+    before: float,
+    batch: float,
+    images: int,
+    columns: int,
+    neurons: int,
+    mean: int,
+    m2: int,
+    cross: int,
 ) -> None: ...
 
 class BankPlan:

@@ -5,6 +5,7 @@
 #include "bank_bwd.inl.h"
 #include "evolution.inl.h"
 #include "lasso.inl.h"
+#include "moments.inl.h"
 #include "point_readout.inl.h"
 #include "readout.inl.h"
 
@@ -27,10 +28,24 @@ constexpr ReadoutKernels kReadoutKernels = {
     readout_back_transpose, point_taps,    point_sums,     point_features, point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{
-      name,           kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,          bank_gradient,
-      random_row,     sample_row, low_rank_row,   dot,           moments_block, lasso_scratch_doubles, lasso_problem,
-      kReadoutKernels};
+  return Kernels{name,
+                 kHasFast,
+                 prepared_bytes,
+                 prepare_image,
+                 scratch_bytes,
+                 bank_forward,
+                 bank_gradient,
+                 random_row,
+                 sample_row,
+                 low_rank_row,
+                 dot,
+                 moments_block,
+                 lasso_scratch_doubles,
+                 lasso_problem,
+                 kReadoutKernels,
+                 kMomentsTile,
+                 kMomentsScratchBytes,
+                 moments_columns};
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = (
     "bank_forward",
     "bank_input_gradient",
+    "bank_pullback",
     "sample_codes",
     "feature_moments",
     "factorized_readout",
@@ -99,6 +100,10 @@ class Backend(Protocol):
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]: ...
 
+    def bank_pullback(
+        self, images: Tensor, weights: Tensor, table: Tensor, cotangents: Tensor, layout: str
+    ) -> Tensor: ...
+
     def random_rows(
         self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int
     ) -> Tensor: ...
@@ -152,6 +157,18 @@ class Backend(Protocol):
         cotangent: Tensor,
         wanted: Wanted,
     ) -> Gradients: ...
+    def feature_moments(
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        centred: Tensor,
+        shift: Tensor,
+        before: float,
+        batch: float,
+        mean: Tensor,
+        m2: Tensor,
+        cross: Tensor,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import torch
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
+from cortexloop.backends.reference.moments import MomentOperators
+from cortexloop.backends.reference.pullback import PullbackOperators
 from cortexloop.backends.reference.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
@@ -15,6 +17,7 @@ _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "bank_forward": _IMAGES,
     "bank_input_gradient": _IMAGES,
+    "bank_pullback": _IMAGES,
     "sample_codes": ("codes", (torch.float32, torch.float64)),
     "feature_moments": ("features", (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
     "factorized_readout": ("features", (torch.float32, torch.float64)),
@@ -24,7 +27,9 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators, LassoOperators, ReadoutOperators):
+class ReferenceBackend(
+    BankOperators, CodeOperators, LassoOperators, PullbackOperators, MomentOperators, ReadoutOperators
+):
     """Plain torch; takes everything."""
 
     name = "reference"
