@@ -310,3 +310,21 @@ def test_joint_fits_from_nothing_and_with_constant_responses(data: tuple[Tensor,
         fit_joint(features, responses, method="lbfgs")
     with pytest.raises(ValueError, match="of the same, at least 3, images"):
         fit_joint(features, responses[:5])
+
+
+def test_thresholds_by_permutation(data: tuple[Tensor, Tensor]):
+    features, responses = data[0], data[1].clone()
+    responses[:, 5] = torch.from_numpy(np.random.default_rng(8).standard_normal(IMAGES)).float()  # no feature drives it
+    moments = FeatureMoments((C, H, W), 6, permutations=60, seed=1, responses=responses)
+    moments.update(features, responses)
+    strict, lenient = threshold(moments, "familywise"), threshold(moments, "permutation", level=4.0)
+    assert strict.empty == [5]
+    assert torch.equal(strict.tensor != 0, moments.t().abs() > strict.level.float()[:, None, None, None])
+    assert torch.equal(lenient.tensor != 0, moments.z().abs() >= 4.0)
+    assert (strict.kept[:5] > 0).all()
+    model = fit((features, responses), threshold="familywise", permutations=40)
+    assert model.excluded["empty"] == [5]
+    without = FeatureMoments((C, H, W), 6)
+    without.update(features, responses)
+    with pytest.raises(ValueError, match="permutations"):
+        threshold(without, "familywise")

@@ -34,9 +34,9 @@ CL_INLINE void multiply(const float* a, std::int64_t lda, std::int64_t rows, con
 
 void readout_transpose(const float* rows, std::int64_t stride, std::int32_t count, std::int64_t length,
                        std::int32_t width, float* panel) {
-  constexpr std::int64_t kLine = 16;  // a line of each row is read while it is in the first-level cache
-  for (std::int64_t start = 0; start < length; start += kLine) {
-    const std::int64_t end = smaller(length, start + kLine);
+  constexpr std::int64_t kLineFloats = 16;  // a line of each row is read while it is in the first-level cache
+  for (std::int64_t start = 0; start < length; start += kLineFloats) {
+    const std::int64_t end = smaller(length, start + kLineFloats);
     for (std::int32_t t = 0; t < width; ++t) {
       if (t < count) {
         for (std::int64_t i = start; i < end; ++i) panel[i * width + t] = rows[t * stride + i];
@@ -49,9 +49,9 @@ void readout_transpose(const float* rows, std::int64_t stride, std::int32_t coun
 
 void readout_back_transpose(const float* panel, std::int32_t width, std::int32_t count, std::int64_t length,
                             std::int64_t stride, float* rows) {
-  constexpr std::int64_t kLine = 16;
-  for (std::int64_t start = 0; start < length; start += kLine) {
-    const std::int64_t end = smaller(length, start + kLine);
+  constexpr std::int64_t kLineFloats = 16;
+  for (std::int64_t start = 0; start < length; start += kLineFloats) {
+    const std::int64_t end = smaller(length, start + kLineFloats);
     for (std::int32_t t = 0; t < count; ++t) {
       for (std::int64_t i = start; i < end; ++i) rows[t * stride + i] = panel[i * width + t];
     }

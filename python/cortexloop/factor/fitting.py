@@ -36,10 +36,16 @@ def moments_of(
             raise ValueError(f"weights should be one number for each of {len(batches.inputs)} images, got {len(w)}")
         weights = w[chosen.to(w.device)]
     moments = FeatureMoments(
-        batches.shape, responses.shape[1], permutations=permutations, seed=seed, device=batches.device
+        batches.shape,
+        responses.shape[1],
+        permutations=permutations,
+        seed=seed,
+        responses=responses if permutations else None,
+        device=batches.device,
     )
     for part, features in batches:
-        moments.update(features, responses[part], None if weights is None else weights[part])
+        x = features.float() if features.dtype == torch.float64 else features
+        moments.update(x, responses[part], None if weights is None else weights[part], check=False)
     return moments
 
 
@@ -122,6 +128,7 @@ def regress(
             else:
                 seen = factor_features(features, some)
             reduced[part] = seen.reshape(len(seen), len(chosen), width)
+        _settle_constant_columns(reduced)
         for place, neuron in enumerate(chosen):
             model = regressed(reduced[:, place], responses[:, neuron : neuron + 1], regressor, alphas, folds, seed)
             beta = model.weights[0].to(masks)
@@ -135,6 +142,13 @@ def regress(
                 vectors[neuron] *= beta[:, None]
     readout = factors.replaced(masks, vectors, method=f"{factors.method}, {regressor} on {reduction} features")
     return readout, alpha, intercept
+
+
+def _settle_constant_columns(reduced: Tensor) -> None:
+    """Give columns [n, k, P] that vary by no more than rounding one value, lest a regression find meaning in it."""
+    low, high = reduced.amin(0), reduced.amax(0)
+    negligible = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs())
+    reduced.copy_(torch.where(negligible, low, reduced))
 
 
 def regressed(

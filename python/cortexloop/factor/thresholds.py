@@ -59,7 +59,7 @@ def threshold(
     - "negative": t <= -level (3);
     - "fdr": Benjamini-Hochberg over the living features of each neuron, two-sided, false discovery rate `level` (0.05);
     - "permutation": |correlation - mean| >= level (5) standard deviations, both over permutations of the responses;
-    - "familywise": |correlation| above what the largest one of any feature exceeds in a fraction `level` (0.05) of the
+    - "familywise": |t| above what the largest one of all features exceeds in a fraction `level` (0.05) of the
       permutations;
     - "none": everything survives.
 
@@ -88,12 +88,15 @@ def threshold(
     if kind == "none":
         survives = alive.expand_as(values)
         reached = values.new_zeros(len(values), dtype=torch.float64)
-    elif kind in ("permutation", "familywise"):
-        survives, reached = _by_permutations(moments, kind, chosen)
-        survives = survives & alive
+    elif kind == "permutation":
+        reached = values.new_full((len(values),), chosen, dtype=torch.float64)
+        survives = (moments.z().abs() >= chosen) & alive
     else:
         t = values if view == "t" else moments.t()
-        if kind == "fdr":
+        if kind == "familywise":
+            reached = moments.max_t_threshold(chosen).to(t.device, torch.float64)
+            survives = (t.abs().double() > reached[:, None, None, None]) & alive
+        elif kind == "fdr":
             reached = benjamini_hochberg(t.flatten(1)[:, alive.flatten()], moments.count - 2.0, chosen)
             survives = (t.abs().double() >= reached[:, None, None, None]) & alive
         else:

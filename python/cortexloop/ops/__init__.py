@@ -8,7 +8,6 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 
 from __future__ import annotations
 
-from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.backends.registry import (
     OPS,
     BackendError,
@@ -28,6 +27,7 @@ from cortexloop.ops.bank import (
     evaluate_gradient,
     problem,
 )
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.ops.evolution import (
     code_moments,
     low_rank_product,
