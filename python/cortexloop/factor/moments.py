@@ -366,7 +366,7 @@ class FeatureMoments(MomentViews):
     def _refuse_infinite(self, x: Tensor, used: Tensor) -> None:
         if x.numel() == 0 or _in_range(x):
             return
-        number, c, h, w = torch.nonzero(~(x.abs() <= LARGEST))[0].tolist()
+        number, c, h, w = torch.nonzero(~(x.float().abs() <= LARGEST))[0].tolist()
         value = float(x[number, c, h, w])
         wanted = f"at most {LARGEST:g} in size" if np.isfinite(value) else "finite"
         raise ValueError(
@@ -376,9 +376,9 @@ class FeatureMoments(MomentViews):
 
 
 def _in_range(x: Tensor) -> bool:
-    """Whether no feature is NaN, infinite or above LARGEST; in one pass over the memory (torch.isfinite takes several)."""
+    """Whether no feature is NaN, infinite or above LARGEST, in one pass over memory; torch.isfinite takes several."""
     if x.dtype in (torch.float16, torch.bfloat16):
-        least, most = torch.aminmax(x)  # NaN survives
+        least, most = (value.float() for value in torch.aminmax(x))  # NaN survives
         return bool((least >= -LARGEST) & (most <= LARGEST))
     return bool(torch.linalg.vector_norm(x) <= LARGEST) or bool((x.abs() <= LARGEST).all())
 
