@@ -120,5 +120,5 @@ def test_the_module_checks_its_numbers_too(kernels: None):
     with pytest.raises(ValueError, match=r"2\^24 images"):
         module.feature_moments(*pointers, 0.0, 1.0, 1 << 30, 1, 1, address, address, address)
     double = torch.zeros(1, 1, dtype=torch.float64)
-    with pytest.raises(TypeError, match="features should be torch.float32, torch.float16 or"):
+    with pytest.raises(TypeError, match=r"features should be torch\.float32, "):
         native.feature_moments(double, None, x[:1].view(1, 1), x[:1], 0.0, 1.0, double[0], double[0], x[:1].view(1, 1))
