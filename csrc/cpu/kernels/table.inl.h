@@ -22,14 +22,14 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr ReadoutKernels kReadoutKernels = {
-    readout_transpose,    readout_image,          readout_images, readout_add, readout_back_features,
-    readout_back_factors, readout_back_transpose, point_taps,     point_sums,  point_features,
+    readout_transpose,      readout_image,      readout_images, readout_add,
+    readout_back_features,  readout_back_image, readout_outer,  readout_contract,
+    readout_back_transpose, point_taps,         point_sums,     point_features,
     point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,
-                 bank_gradient, random_row, sample_row,     low_rank_row,  dot,           moments_block,
-                 kReadoutKernels};
+  return Kernels{name,       kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,   bank_gradient,
+                 random_row, sample_row, low_rank_row,   dot,           moments_block, kReadoutKernels};
 }
 
 }  // namespace
