@@ -16,7 +16,8 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr std::int32_t kMaps = 4;  // maps read at a time: the sums of a neuron are loaded and stored once for all of them
+constexpr std::int32_t kMaps =
+    4;  // maps read at a time: the sums of a neuron are loaded and stored once for all of them
 
 // Position p in pixels, 0 the centre of the first.
 CL_INLINE float pixel_of(float p, std::int64_t size, bool align_corners) {

@@ -3,8 +3,8 @@
 //   y[b, t] = sum_c sum_s x[b, c, s] w[t, c, s],   w[t, c, s] = sum_r v[t, r, c] m[t, r, s]
 //
 // Rank 1: one image at a time, products x m summed over s for a block of channels, weighed by v on the way out; a [C, T] map is
-// never larger than 64 x 64. Higher ranks: w of a few hundred features is made once, in cache, and multiplied with all images:
-// `rank` times fewer multiplications. Gradients go by w, too: dx = g w; and g x, from which dm and dv follow block by block.
+// never larger than 64 x 64. Higher ranks: w of a hundred features is made once, in cache, and multiplied with all images:
+// `rank` times fewer multiplications. So does dx = g w. For dm and dv, g x of a hundred features is made for all images together.
 // Order: features in blocks that the shapes decide, inside a block one after the other, each neuron in a lane of its own.
 #pragma once
 
@@ -130,24 +130,10 @@ CL_NOINLINE void block_weights(const NeuronBlock& w, std::int64_t c, std::int64_
   }
 }
 
-// How features are grouped: some channels, of each of them some positions, so that the masks of these positions are fetched
-// once for all of the channels.
-struct Groups {
-  std::int64_t channels, positions;
-};
-
-CL_INLINE Groups groups_of(std::int64_t positions, std::int64_t features) {
-  const std::int64_t most = features / kGroupChannels;
-  const std::int64_t pieces = (positions + most - 1) / most;
-  const std::int64_t each = (positions + pieces - 1) / pieces;
-  return {features / each / kGroupChannels * kGroupChannels, each};
-}
-
-void readout_images(const NeuronBlock& w, const float* features, std::int64_t batch, std::int64_t first,
-                    std::int64_t last, float* panel, float* products, float* out) {
+void readout_images(const NeuronBlock& w, const FeatureGroups& groups, const float* features, std::int64_t batch,
+                    std::int64_t first, std::int64_t last, float* panel, float* products, float* out) {
   std::memset(out, 0, float_bytes(batch * w.width));
   const std::int64_t stride = w.channels * w.positions;
-  const Groups groups = groups_of(w.positions, kPanelDepth);
   const float* a[kPanelDepth];
   const float* b[kPanelDepth];
   for (std::int64_t c = first; c < last; c += groups.channels) {
@@ -237,6 +223,23 @@ void readout_back_features(const FactorizedReadoutGradientArgs& a, std::int64_t 
   }
 }
 
+// Rank 1, one image, `rows` channels from c on: dx[c, s] = sum_t (g[t] v[t, c]) m[t, s]; masks in rows of `padded` numbers.
+void readout_back_image(const FactorizedWeights& w, const float* masks, std::int64_t padded, const float* cotangent,
+                        std::int64_t c, std::int64_t rows, float* weights, float* tail, float* out) {
+  for (std::int64_t t = 0; t < w.neurons; ++t) {
+    const float* vector = w.vectors + t * w.channels + c;
+    for (std::int64_t i = 0; i < rows; ++i) weights[i * w.neurons + t] = cotangent[t] * vector[i];
+  }
+  const std::int64_t whole = w.positions / kLanes * kLanes, rest = w.positions - whole;
+  multiply(weights, w.neurons, rows, masks, padded, w.neurons, whole / kLanes, out, w.positions);
+  if (rest > 0) {
+    multiply(weights, w.neurons, rows, masks + whole, padded, w.neurons, 1, tail, kLanes);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      std::memcpy(out + i * w.positions + whole, tail + i * kLanes, float_bytes(rest));
+    }
+  }
+}
+
 // out[p][n] (+)= sum_d a[d * kColumns + p] b[d * ldb + n * kLanes]: neighbouring columns p in rows of a, P x N in registers.
 template <int P, int N>
 CL_INLINE void outer_block(const float* a, const float* b, std::int64_t ldb, std::int64_t depth, bool add, float* out) {
@@ -266,8 +269,8 @@ constexpr int kOuterColumns = 6;
 static_assert(kColumns % kOuterColumns == 0, "columns come in whole blocks");
 
 // panel[column][neuron] = sum over images of tile[image][column] cotangent[image][neuron].
-CL_NOINLINE void outer_product(const float* tile, const float* cotangent, std::int32_t width, std::int64_t images,
-                               std::int64_t columns, bool add, float* panel) {
+void readout_outer(const float* tile, const float* cotangent, std::int32_t width, std::int64_t images,
+                   std::int64_t columns, bool add, float* panel) {
   constexpr int kVectors = kRegisters >= 32 ? 4 : 2;
   for (std::int64_t column = 0; column < columns; column += kOuterColumns) {
     float* out = panel + column * width;
@@ -305,8 +308,8 @@ CL_INLINE void contract(const float* CL_RESTRICT panel, std::int64_t channel, co
   CL_UNROLL for (int k = 0; k < kChannels; ++k) vstore(d_vectors + k * width, sum[k]);
 }
 
-CL_NOINLINE void contract_channels(const NeuronBlock& w, const float* panel, std::int64_t c, std::int64_t channels,
-                                   std::int64_t s, std::int64_t count, float* d_masks, float* d_vectors) {
+void readout_contract(const NeuronBlock& w, const float* panel, std::int64_t c, std::int64_t channels, std::int64_t s,
+                      std::int64_t count, float* d_masks, float* d_vectors) {
   for (std::int64_t r = 0; r < w.rank; ++r) {
     const std::int64_t mask = (r * w.positions + s) * w.width;
     for (std::int64_t k = 0; k < channels; k += kGroupChannels) {
@@ -322,35 +325,6 @@ CL_NOINLINE void contract_channels(const NeuronBlock& w, const float* panel, std
           default: contract<4>(values, channel, masks, vectors, w.width, count, to_masks, to_vectors);
         }
       }
-    }
-  }
-}
-
-void readout_back_factors(const NeuronBlock& w, const float* cotangent, const float* features, std::int64_t batch,
-                          std::int64_t first, std::int64_t last, float* tile, float* panel, float* d_masks,
-                          float* d_vectors) {
-  const std::int64_t stride = w.channels * w.positions;
-  const Groups groups = groups_of(w.positions, kColumns);
-  std::memset(d_masks, 0, float_bytes(w.rank * w.positions * w.width));
-  for (std::int64_t r = 0; r < w.rank; ++r) {
-    std::memset(d_vectors + (r * w.channels + first) * w.width, 0, float_bytes((last - first) * w.width));
-  }
-  for (std::int64_t c = first; c < last; c += groups.channels) {
-    const std::int64_t channels = smaller(groups.channels, last - c);
-    for (std::int64_t s = 0; s < w.positions; s += groups.positions) {
-      const std::int64_t count = smaller(groups.positions, w.positions - s), columns = channels * count;
-      if (batch == 0) std::memset(panel, 0, float_bytes(columns * w.width));
-      for (std::int64_t image = 0; image < batch; image += kTileImages) {
-        const std::int64_t images = smaller(kTileImages, batch - image);
-        for (std::int64_t b = 0; b < images; ++b) {  // images are pages apart: bring their columns together, pad with zeros
-          const float* from = features + (image + b) * stride + c * w.positions + s;
-          float* to = tile + b * kColumns;
-          for (std::int64_t k = 0; k < channels; ++k) std::memcpy(to + k * count, from + k * w.positions, float_bytes(count));
-          std::memset(to + columns, 0, float_bytes(kColumns - columns));
-        }
-        outer_product(tile, cotangent + image * w.width, w.width, images, columns, image > 0, panel);
-      }
-      contract_channels(w, panel, c, channels, s, count, d_masks, d_vectors);
     }
   }
 }
