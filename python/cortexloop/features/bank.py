@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -115,9 +116,14 @@ class _BankLinearization(Linearization):
     """By the bank's kernels."""
 
     def __init__(self, source: BankFeatures, images: Tensor) -> None:
+        self._source, self._images = source, images
         self._bank, self._shown = source.bank, source._shown(images)
+
+    @functools.cached_property
+    def features(self) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W]; the kernels' pullback does not need them."""
         with torch.no_grad():
-            self.features = source._compute(images)
+            return self._source._compute(self._images)
 
     def pullback(self, cotangents: Tensor) -> Tensor:
         self._check(cotangents)
