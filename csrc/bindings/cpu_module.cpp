@@ -54,7 +54,8 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 }  // namespace
 
-void bind_moments(py::module_& m);  // moments.cpp
+void bind_lasso(py::module_& m);
+void bind_moments(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
@@ -201,6 +202,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         check(status);
       },
       py::arg("x_ptr"), py::arg("y_ptr"), py::arg("n_problems"), py::arg("columns"), py::arg("out_ptr"));
+
+  bind_lasso(m);
 
   py::class_<cpu::BankPlan>(m, "BankPlan")
       .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,

@@ -6,6 +6,7 @@
 #include "../common/model_view.h"
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
+#include "cortexloop/lasso.h"
 #include "cortexloop/moments.h"
 
 namespace cortexloop {
@@ -67,6 +68,10 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, std::int64_t columns);
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
+
+  // One problem of a lasso, and the doubles of scratch that it needs.
+  std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
+  void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
 
   // Running moments of the columns [begin, end), `begin` a multiple of `moments_tile`; `scratch` is aligned to 64 bytes and has
   // `moments_scratch_bytes`.

@@ -121,3 +121,26 @@ class BankPlan:
         out: int,
     ) -> None: ...
     def run(self) -> None: ...
+
+def lasso_path(
+    gram: int,
+    columns: int,
+    mask: int,
+    means: int,
+    diagonal: int,
+    n_sets: int,
+    features: int,
+    images: int,
+    set_of: int,
+    responses: int,
+    cross: int,
+    squares: int,
+    penalties: int,
+    n_problems: int,
+    n_penalties: int,
+    tolerance: float,
+    max_sweeps: int,
+    weights: int,
+    gaps: int,
+    sweeps: int,
+) -> None: ...

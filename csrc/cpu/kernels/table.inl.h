@@ -4,6 +4,7 @@
 #include "../kernel_table.h"
 #include "bank_bwd.inl.h"
 #include "evolution.inl.h"
+#include "lasso.inl.h"
 #include "moments.inl.h"
 
 namespace cortexloop {
@@ -21,9 +22,23 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,         kHasFast,      prepared_bytes, prepare_image,        scratch_bytes,
-                 bank_forward, bank_gradient, random_row,     sample_row,           low_rank_row,
-                 dot,          moments_block, kMomentsTile,   kMomentsScratchBytes, moments_columns};
+  return Kernels{name,
+                 kHasFast,
+                 prepared_bytes,
+                 prepare_image,
+                 scratch_bytes,
+                 bank_forward,
+                 bank_gradient,
+                 random_row,
+                 sample_row,
+                 low_rank_row,
+                 dot,
+                 moments_block,
+                 lasso_scratch_doubles,
+                 lasso_problem,
+                 kMomentsTile,
+                 kMomentsScratchBytes,
+                 moments_columns};
 }
 
 }  // namespace

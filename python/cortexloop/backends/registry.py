@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cortexloop import _device
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.packing import LayerField, ModelField
 
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -116,6 +117,18 @@ class Backend(Protocol):
     def low_rank_product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor: ...
 
     def row_dots(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def lasso_path(
+        self,
+        sets: LassoSets,
+        set_of: Tensor,
+        responses: Tensor | None,
+        cross: Tensor,
+        squares: Tensor,
+        penalties: Tensor,
+        tolerance: float,
+        max_sweeps: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def feature_moments(
         self,

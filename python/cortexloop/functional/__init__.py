@@ -5,19 +5,26 @@ May import: `ops`, `bank`, `images`, `weights`, `_device`, and `_native` for the
 
 from __future__ import annotations
 
+from cortexloop.functional.ascent import Climb, gaussian_blur, gradient_ascent
 from cortexloop.functional.bank import activations, input_gradient, responses
+from cortexloop.functional.lasso import lasso_path
 from cortexloop.functional.moments import MomentState, feature_moments_update
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
 from cortexloop.functional.stream import stream_responses
-from cortexloop.ops import use_backend
+from cortexloop.ops import LassoSets, use_backend
 
 __all__ = [
+    "Climb",
+    "LassoSets",
     "MomentState",
     "activations",
     "explain",
     "feature_moments_update",
+    "gaussian_blur",
     "get_num_threads",
+    "gradient_ascent",
     "input_gradient",
+    "lasso_path",
     "responses",
     "set_num_threads",
     "stream_responses",

@@ -72,9 +72,7 @@ def feature_moments_update(
             f"got {list(responses.shape)}"
         )
     if responses.shape[1] != state.response_mean.shape[0]:
-        raise ValueError(
-            f"responses should be of {state.response_mean.shape[0]} neurons, got {list(responses.shape)}"
-        )
+        raise ValueError(f"responses should be of {state.response_mean.shape[0]} neurons, got {list(responses.shape)}")
     y = responses.detach().to("cpu", torch.float64)
     if weights is None:
         w = torch.ones(y.shape[0], dtype=torch.float64)

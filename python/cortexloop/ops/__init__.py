@@ -8,6 +8,7 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 
 from __future__ import annotations
 
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.backends.registry import (
     OPS,
     BackendError,
@@ -35,6 +36,7 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.lasso import lasso_path
 from cortexloop.ops.moments import feature_moments
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "BackendError",
     "BackendWarning",
     "Explanation",
+    "LassoSets",
     "Problem",
     "bank_activations",
     "bank_forward",
@@ -52,6 +55,7 @@ __all__ = [
     "evaluate_gradient",
     "explain",
     "feature_moments",
+    "lasso_path",
     "low_rank_product",
     "normals",
     "problem",

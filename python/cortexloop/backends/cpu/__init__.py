@@ -5,11 +5,12 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.cpu.moments import MomentOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators, MomentOperators):
+class CpuBackend(BankOperators, CodeOperators, LassoOperators, MomentOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -20,6 +21,8 @@ class CpuBackend(BankOperators, CodeOperators, MomentOperators):
             return reason
         if problem.op == "sample_codes":
             return self.codes_unsupported(problem)
+        if problem.op == "lasso_path":
+            return self.lasso_unsupported(problem)
         if problem.op == "feature_moments":
             return self.moments_unsupported(problem)
         if problem.op in ("bank_forward", "bank_input_gradient"):
