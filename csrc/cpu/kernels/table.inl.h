@@ -24,8 +24,10 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr ReadoutKernels kReadoutKernels = {
-    readout_transpose,      readout_image, readout_images, readout_add,    readout_back_features, readout_back_factors,
-    readout_back_transpose, point_taps,    point_sums,     point_features, point_scatter};
+    readout_transpose,      readout_image,      readout_images, readout_add,
+    readout_back_features,  readout_back_image, readout_outer,  readout_contract,
+    readout_back_transpose, point_taps,         point_sums,     point_features,
+    point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
