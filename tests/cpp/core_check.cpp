@@ -231,7 +231,7 @@ int main(int argc, char** argv) {
     check_codes(0, 4, 8, 1);
     check_codes(2, 0, 8, 1);
     refuse_codes();
-    for (const std::int64_t columns : {1, 15, 49, 481, 5000}) {
+    for (const std::int64_t columns : {1, 49, 1500}) {
       check_moments(5, columns, 3);
       check_moments(132, columns, 9);
     }
