@@ -113,7 +113,13 @@ def check(contenders: Sequence[Contender], exact: NDArray[np.float64]) -> list[C
 
 
 def rows_of(
-    case: str, direction: str, contenders: Sequence[Contender], threads: int, budget: float, rounds: tuple[int, int]
+    case: str,
+    direction: str,
+    contenders: Sequence[Contender],
+    threads: int,
+    budget: float,
+    rounds: tuple[int, int],
+    neurons: int = K,
 ) -> list[Row]:
     """Milliseconds per neuron, and ratios to ours."""
     times = measure(contenders, budget=budget, min_rounds=rounds[0], max_rounds=rounds[1])
@@ -121,7 +127,7 @@ def rows_of(
     rows = []
     for contender in contenders:
         seconds = times[contender.name]
-        q50, q20, q80 = quantiles(seconds * 1e3 / K)
+        q50, q20, q80 = quantiles(seconds * 1e3 / neurons)
         ratio, ratio_q20, ratio_q80 = quantiles(seconds / times[first])
         ours = contender.name == OURS
         package = "captum" if contender.name.startswith("captum") else "torch"
@@ -129,7 +135,7 @@ def rows_of(
         where: dict[str, Any] = dict(provenance())
         rows.append(
             Row(
-                case=case, batch=K, op="saliency", direction=direction, backend=contender.name, version=version,
+                case=case, batch=neurons, op="saliency", direction=direction, backend=contender.name, version=version,
                 isa=isa() if ours else "", threads=threads, metric="time", unit="ms/neuron", q50=q50, q20=q20, q80=q80,
                 rounds=len(seconds), ratio_to=first, ratio=ratio, ratio_q20=ratio_q20, ratio_q80=ratio_q80, **where,
             )
@@ -189,7 +195,7 @@ def part_shared(threads: int, budget: float) -> list[Row]:
 
 
 def part_integrated(threads: int, budget: float) -> list[Row]:
-    """Integrated gradients of 64 neurons of the same model; captum's loop is timed on a quarter of them."""
+    """Integrated gradients of 16 neurons of the same model."""
     readout, module, levels, x = shared()
     method, some = attribution.IntegratedGradients(readout, steps=STEPS), list(range(K // 4))
 
@@ -202,30 +208,13 @@ def part_integrated(threads: int, budget: float) -> list[Row]:
     def ours() -> Tensor:
         return method.attribute(levels, some)[0]
 
-    double = attribution.Readout(
-        features.ModuleFeatures(
-            SharedTrunk(module).double(), "trunk", preprocess=features.Preprocess.recentred(112), name="exact"
-        ),
-        torch.einsum("hwn,cn->nchw", module.spatial, module.mixing).double()[: K // 4],
-    )
+    source = features.ModuleFeatures(module.double(), "trunk", preprocess=features.Preprocess.recentred(112))
+    double = attribution.Readout(source, torch.einsum("hwn,cn->nchw", module.spatial, module.mixing)[: K // 4])
     exact = attribution.IntegratedGradients(double, steps=STEPS).attribute(levels.double())[0].numpy()
     module.float()
     entries = [contender(OURS, ours), contender(LOOP, loop)]
-    case = f"shared model {'-'.join(map(str, SHARED_FILTERS))}, 1 image, {STEPS} points, {K // 4} neurons"
-    return rows_of(case, "integrated gradients", check(entries, exact), threads, budget, (3, 6))
-
-
-class SharedTrunk(nn.Module):
-    """The trunk alone."""
-
-    def __init__(self, module: SharedCompactModel) -> None:
-        super().__init__()
-        self.trunk = module.trunk
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w]."""
-        maps: Tensor = self.trunk(x)
-        return maps
+    case = f"shared model {'-'.join(map(str, SHARED_FILTERS))}, 1 image, {STEPS} points"
+    return rows_of(case, "integrated gradients", check(entries, exact), threads, budget, (3, 6), K // 4)
 
 
 def part_bank(threads: int, budget: float) -> list[Row]:
