@@ -36,6 +36,8 @@ FACTORIZED = (
     Shape(3, 1, 40, 40, 70, rank=2),
     Shape(2, 70, 1, 1, 3),
     Shape(140, 3, 4, 5, 3, rank=2),  # more images than the gradient's kernel takes at a time
+    Shape(1030, 2, 2, 3, 3, rank=2),  # and than the forward pass does
+    Shape(3, 6, 12, 11, 270, rank=2),  # more neurons than share a tile of features
 )
 POINT = (
     Shape(2, 3, 5, 9, 7),

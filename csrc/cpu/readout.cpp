@@ -12,17 +12,19 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-// Ranges of channels that are summed apart. A fixed number: the bits may not depend on the number of threads.
+// Ranges of channels that are summed apart: a number that follows from the weights' shapes, as bits may not depend on threads.
 constexpr std::int64_t kChannelRanges = 16, kRangeChannels = 16;  // at most, each at least
+constexpr std::int64_t kPartNumbers = std::int64_t{1} << 24;      // of all ranges together, in the gradient by masks
+constexpr std::int64_t kImagesTogether = 1024;                    // in the forward pass
 constexpr std::int64_t kBlocksTogether = 4;                       // in the gradients by factors
 constexpr std::int64_t kMostColumns = 256;                        // features at a time in the gradient by features
 constexpr std::int64_t kPanelNumbers = 65536;                     // and weights: 256 KB
 
 struct Ranges {
   std::int64_t channels, count;
-  explicit Ranges(std::int64_t n)
+  explicit Ranges(std::int64_t n, std::int64_t most = kChannelRanges)
       : channels(n),
-        count(std::min((n + kRangeChannels - 1) / kRangeChannels, kChannelRanges)) {}
+        count(std::min((n + kRangeChannels - 1) / kRangeChannels, most)) {}
   std::int64_t first(std::int64_t range) const { return channels * range / count; }
 };
 
@@ -58,15 +60,19 @@ class PackedWeights {
     return static_cast<std::int32_t>(std::min<std::int64_t>(kBlockNeurons, weights_.neurons - block * kBlockNeurons));
   }
 
+  std::int32_t width(std::int64_t block) const { return block + 1 == blocks_ ? last_width_ : kBlockNeurons; }
+
   NeuronBlock block(std::int64_t index) const {
-    const std::int32_t width = index + 1 == blocks_ ? last_width_ : kBlockNeurons;
-    const float* masks = memory_.get() + index * each_;
-    return {
-        masks, masks + weights_.rank * weights_.positions * width, weights_.rank, weights_.channels, weights_.positions,
-        width};
+    const FactorizedWeights& w = weights_;
+    return {masks(index), vectors(index), w.rank, w.channels, w.positions, width(index)};
   }
 
  private:
+  float* masks(std::int64_t block) const { return memory_.get() + block * each_; }  // [rank, positions, width]
+  float* vectors(std::int64_t block) const {                                        // [rank, channels, width]
+    return masks(block) + weights_.rank * weights_.positions * width(block);
+  }
+
   static void pack_body(void* argument, RangeSource& ranges) {
     PackedWeights& self = *static_cast<PackedWeights*>(argument);
     const FactorizedWeights& w = self.weights_;
@@ -74,13 +80,11 @@ class PackedWeights {
     while (ranges.take(begin, end)) {
       for (std::int64_t unit = begin; unit < end; ++unit) {
         const std::int64_t index = unit / w.rank, r = unit % w.rank, row = index * kBlockNeurons * w.rank + r;
-        const NeuronBlock to = self.block(index);
-        float* masks = self.memory_.get() + (to.masks - self.memory_.get()) + r * w.positions * to.width;
-        float* vectors = self.memory_.get() + (to.vectors - self.memory_.get()) + r * w.channels * to.width;
-        kernels().readout.transpose(w.masks + row * w.positions, w.rank * w.positions, self.count(index), w.positions,
-                                    to.width, masks);
-        kernels().readout.transpose(w.vectors + row * w.channels, w.rank * w.channels, self.count(index), w.channels,
-                                    to.width, vectors);
+        const std::int32_t count = self.count(index), width = self.width(index);
+        kernels().readout.transpose(w.masks + row * w.positions, w.rank * w.positions, count, w.positions, width,
+                                    self.masks(index) + r * w.positions * width);
+        kernels().readout.transpose(w.vectors + row * w.channels, w.rank * w.channels, count, w.channels, width,
+                                    self.vectors(index) + r * w.channels * width);
       }
     }
   }
@@ -163,7 +167,7 @@ void sum_body(void* argument, RangeSource& ranges) {
   while (ranges.take(begin, end)) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t block = unit / a.batch, b = unit % a.batch;
-      const std::int32_t width = job.packed->block(block).width;
+      const std::int32_t width = job.packed->width(block);
       const float* parts = job.parts + block * channels.count * a.batch * kBlockNeurons + b * width;
       std::fill(out, out + width, 0.0f);
       kernels().readout.add(parts, channels.count, a.batch * kBlockNeurons, width, out);
@@ -177,6 +181,7 @@ struct GradientJob {
   std::int64_t columns;  // features at a time, for the gradient by features; for rank 1, numbers in a row of masks
   const float* masks;    // rank 1: [neurons, columns]
   const PackedWeights* packed;
+  Ranges ranges{1};        // of channels, for the gradients by factors
   const float* cotangent;  // [blocks, batch, kBlockNeurons]
   float* d_masks;          // [blocks, ranges, kBlockNeurons * rank * positions]
   float* d_vectors;        // [blocks, kBlockNeurons * rank * channels]
@@ -257,7 +262,7 @@ void factors_body(void* argument, RangeSource& ranges) {
   const FactorizedReadoutGradientArgs& a = *job.args;
   const FactorizedWeights& w = a.weights;
   const PackedWeights& packed = *job.packed;
-  const Ranges channel_ranges(w.channels);
+  const Ranges& channel_ranges = job.ranges;
   const FeatureGroups groups = groups_of(w.positions, kColumns);
   const std::int64_t masks = kBlockNeurons * w.rank * w.positions, vectors = kBlockNeurons * w.rank * w.channels;
   const std::int64_t stride = w.channels * w.positions, each = kBlockNeurons * kColumns;
@@ -287,7 +292,7 @@ void factors_body(void* argument, RangeSource& ranges) {
               std::fill(to, tile.get() + (b + 1) * kColumns, 0.0f);
             }
             for (std::int64_t block = first; block < last; ++block) {
-              const std::int32_t width = packed.block(block).width;
+              const std::int32_t width = packed.width(block);
               kernels().readout.outer(tile.get(), job.cotangent + block * a.batch * kBlockNeurons + image * width,
                                       width, images, columns, image > 0, panels.get() + (block - first) * each);
             }
@@ -308,13 +313,13 @@ void unpack_body(void* argument, RangeSource& ranges) {
   const GradientJob& job = *static_cast<const GradientJob*>(argument);
   const FactorizedReadoutGradientArgs& a = *job.args;
   const FactorizedWeights& w = a.weights;
-  const std::int64_t count = Ranges(w.channels).count;
+  const std::int64_t count = job.ranges.count;
   const std::int64_t masks = kBlockNeurons * w.rank * w.positions, vectors = kBlockNeurons * w.rank * w.channels;
   std::int64_t begin, end;
   while (ranges.take(begin, end)) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t block = unit / w.rank, r = unit % w.rank, row = block * kBlockNeurons * w.rank + r;
-      const std::int32_t width = job.packed->block(block).width, neurons = job.packed->count(block);
+      const std::int32_t width = job.packed->width(block), neurons = job.packed->count(block);
       if (a.d_masks != nullptr) {
         float* parts = job.d_masks + block * count * masks + r * w.positions * width;
         kernels().readout.add(parts + masks, count - 1, masks, w.positions * width, parts);
@@ -333,14 +338,15 @@ Status factor_gradients(GradientJob& job) {
   const FactorizedReadoutGradientArgs& a = *job.args;
   const FactorizedWeights& w = a.weights;
   PackedWeights packed(w);
-  const std::int64_t ranges = packed.blocks() * Ranges(w.channels).count;
-  const std::int64_t masks = ranges * kBlockNeurons * w.rank * w.positions;
+  const std::int64_t all_masks = packed.blocks() * kBlockNeurons * w.rank * w.positions;
+  job.ranges = Ranges(w.channels, std::min(kChannelRanges, std::max<std::int64_t>(1, kPartNumbers / all_masks)));
+  const std::int64_t masks = job.ranges.count * all_masks;
   const std::int64_t vectors = packed.blocks() * kBlockNeurons * w.rank * w.channels;
   const std::unique_ptr<float[]> cotangent = scratch(packed.blocks() * a.batch * kBlockNeurons);
   const std::unique_ptr<float[]> d_masks = scratch(masks), d_vectors = scratch(vectors);
   if (!cotangent || !d_masks || !d_vectors || !packed.pack()) return no_scratch(masks + vectors + packed.numbers());
   for (std::int64_t block = 0; block < packed.blocks(); ++block) {
-    const std::int32_t width = packed.block(block).width, count = packed.count(block);
+    const std::int32_t width = packed.width(block), count = packed.count(block);
     for (std::int64_t b = 0; b < a.batch; ++b) {
       const float* from = a.cotangent + b * w.neurons + block * kBlockNeurons;
       float* to = cotangent.get() + block * a.batch * kBlockNeurons + b * width;
@@ -354,7 +360,7 @@ Status factor_gradients(GradientJob& job) {
   std::fill(d_masks.get(), d_masks.get() + masks, 0.0f);
   std::fill(d_vectors.get(), d_vectors.get() + vectors, 0.0f);
   const std::int64_t together = (packed.blocks() + kBlocksTogether - 1) / kBlocksTogether;
-  parallel_run(together * Ranges(w.channels).count, 1, factors_body, &job);
+  parallel_run(together * job.ranges.count, 1, factors_body, &job);
   if (job.failed) return no_scratch((kTileImages + kBlocksTogether * kBlockNeurons) * kColumns);
   parallel_run(packed.blocks() * w.rank, 1, unpack_body, &job);
   return Status::ok;
@@ -363,27 +369,35 @@ Status factor_gradients(GradientJob& job) {
 }  // namespace
 
 Status factorized_readout(const FactorizedReadoutArgs& args) {
-  const Status status = check(args.weights, args.batch);
+  const FactorizedWeights& w = args.weights;
+  const Status status = check(w, args.batch);
   if (status != Status::ok) return status;
-  if (args.batch == 0 || args.weights.neurons == 0) return Status::ok;
-  PackedWeights packed(args.weights);
+  if (args.batch == 0 || w.neurons == 0) return Status::ok;
+  PackedWeights packed(w);
   if (!packed.pack()) return no_scratch(packed.numbers());
   ForwardJob job;
   job.args = &args;
   job.packed = &packed;
   job.parts = nullptr;
-  if (args.weights.rank == 1) {
+  if (w.rank == 1) {
     parallel_run(packed.blocks() * args.batch, 1, image_body, &job);
     return job.failed ? no_scratch(kBlockNeurons * kBlockNeurons) : Status::ok;
   }
-  const std::int64_t ranges = packed.blocks() * Ranges(args.weights.channels).count;
-  const std::int64_t numbers = ranges * args.batch * kBlockNeurons;
+  FactorizedReadoutArgs some = args;
+  job.args = &some;
+  const std::int64_t ranges = packed.blocks() * Ranges(w.channels).count;
+  const std::int64_t numbers = ranges * std::min(args.batch, kImagesTogether) * kBlockNeurons;
   const std::unique_ptr<float[]> parts = scratch(numbers);
   if (!parts) return no_scratch(numbers);
   job.parts = parts.get();
-  parallel_run(ranges, 1, images_body, &job);
-  if (job.failed) return no_scratch((kPanelDepth + args.batch) * kBlockNeurons);
-  parallel_run(packed.blocks() * args.batch, 16, sum_body, &job);
+  for (std::int64_t image = 0; image < args.batch; image += kImagesTogether) {
+    some.batch = std::min(kImagesTogether, args.batch - image);
+    some.features = args.features + image * w.channels * w.positions;
+    some.responses = args.responses + image * w.neurons;
+    parallel_run(ranges, 1, images_body, &job);
+    if (job.failed) return no_scratch((kPanelDepth + some.batch) * kBlockNeurons);
+    parallel_run(packed.blocks() * some.batch, 16, sum_body, &job);
+  }
   return Status::ok;
 }
 
