@@ -9,6 +9,7 @@
 #include "cortexloop/lasso.h"
 #include "readout_kernels.h"
 #include "cortexloop/moments.h"
+#include "cortexloop/nmf.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -83,6 +84,10 @@ struct Kernels {
   // `moments_scratch_bytes`.
   std::int64_t moments_tile, moments_scratch_bytes;
   void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+
+  // One factorization, and the floats of scratch that it needs.
+  std::int64_t (*nmf_scratch_floats)(const NmfArgs& args);
+  void (*nmf_problem)(const NmfArgs& args, std::int64_t problem, float* scratch);
 };
 
 const Kernels* kernels_generic();

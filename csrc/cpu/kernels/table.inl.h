@@ -6,6 +6,7 @@
 #include "evolution.inl.h"
 #include "lasso.inl.h"
 #include "moments.inl.h"
+#include "nmf.inl.h"
 #include "point_readout.inl.h"
 #include "readout.inl.h"
 
@@ -45,7 +46,9 @@ constexpr Kernels make_kernels(const char* name) {
                  kReadoutKernels,
                  kMomentsTile,
                  kMomentsScratchBytes,
-                 moments_columns};
+                 moments_columns,
+                 nmf_scratch_floats,
+                 nmf_problem};
 }
 
 }  // namespace

@@ -277,7 +277,9 @@ def _scaled(
     x: Tensor, y: Tensor, mean: Tensor, deviation: Tensor, masks: Tensor, vectors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The start, scaled so that it predicts as well as it can, the scale shared evenly by masks and vectors."""
-    parts = [readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in torch.split(x, 256)]
+    parts = [
+        readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in torch.split(x, 256)
+    ]
     scores = torch.cat(parts).double()
     centre = scores.mean(0)
     spread = scores - centre

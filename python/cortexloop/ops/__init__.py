@@ -8,6 +8,7 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 
 from __future__ import annotations
 
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.backends.registry import (
     OPS,
     BackendError,
@@ -27,7 +28,6 @@ from cortexloop.ops.bank import (
     evaluate_gradient,
     problem,
 )
-from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.ops.evolution import (
     code_moments,
     low_rank_product,
@@ -38,6 +38,7 @@ from cortexloop.ops.evolution import (
 )
 from cortexloop.ops.lasso import lasso_path
 from cortexloop.ops.moments import feature_moments
+from cortexloop.ops.nmf import nmf
 from cortexloop.ops.pullback import bank_pullback
 from cortexloop.ops.readout import (
     factorized_readout,
@@ -67,6 +68,7 @@ __all__ = [
     "feature_moments",
     "lasso_path",
     "low_rank_product",
+    "nmf",
     "normals",
     "point_readout",
     "point_readout_gradient",

@@ -7,13 +7,14 @@ from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
 from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.cpu.moments import MomentOperators
+from cortexloop.backends.cpu.nmf import NmfOperators
 from cortexloop.backends.cpu.pullback import PullbackOperators
 from cortexloop.backends.cpu.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 
 class CpuBackend(
-    BankOperators, CodeOperators, LassoOperators, PullbackOperators, MomentOperators, ReadoutOperators
+    BankOperators, CodeOperators, LassoOperators, PullbackOperators, MomentOperators, NmfOperators, ReadoutOperators
 ):
     """All operators on the CPU."""
 
@@ -29,6 +30,8 @@ class CpuBackend(
             return self.lasso_unsupported(problem)
         if problem.op in ("factorized_readout", "point_readout"):
             return self.readout_unsupported(problem)
+        if problem.op == "nmf":
+            return self.nmf_unsupported(problem)
         if problem.op == "feature_moments":
             return self.moments_unsupported(problem)
         if problem.op in ("bank_forward", "bank_input_gradient", "bank_pullback"):
