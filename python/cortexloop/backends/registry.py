@@ -33,6 +33,7 @@ OPS = (
     "factorized_readout",
     "point_readout",
     "lasso_path",
+    "nmf",
 )
 """What can be asked about; "sample_codes" stands for all operators on populations of codes, and the name of a readout
 for its gradients, too."""
@@ -152,6 +153,18 @@ class Backend(Protocol):
         tolerance: float,
         max_sweeps: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def nmf(
+        self,
+        matrices: Tensor,
+        w: Tensor,
+        h: Tensor,
+        signed: bool,
+        l1: tuple[float, float],
+        l2: tuple[float, float],
+        tolerance: float,
+        max_iterations: int,
+    ) -> Tensor: ...
 
     def factorized_readout(self, features: Tensor, masks: Tensor, vectors: Tensor) -> Tensor: ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cortexloop.factor._checks import Array, floats, listed
 from cortexloop.factor.factors import Factors
-from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf, split_signs
+from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf
 
 Method = Literal["posneg_nmf", "semi_nmf", "svd"]
 Init = Literal["nndsvda", "nndsvd", "random"]
@@ -250,12 +250,12 @@ def _posneg(
         w, h, steps = batched_nmf(
             matrices[tries] if len(tries) != count else matrices,
             rank,
+            signed=stacked,
             init=init,
             seeds=[seed + restart for _ in range(len(chosen)) for restart in range(restarts)],
             max_iterations=max_iterations,
             tolerance=tolerance,
             penalty=Penalty(alpha, l1_ratio),
-            prepare=split_signs if stacked else torch.Tensor.contiguous,
         )
         v = h[..., :channels] - h[..., channels:] if stacked else h
         if restarts > 1:

@@ -9,6 +9,7 @@ from cortexloop.functional.ascent import Climb, gradient_ascent
 from cortexloop.functional.bank import activations, input_gradient, responses
 from cortexloop.functional.lasso import lasso_path
 from cortexloop.functional.moments import MomentState, feature_moments_update
+from cortexloop.functional.nmf import nmf
 from cortexloop.functional.pullback import pullback
 from cortexloop.functional.readout import factorized_readout, point_readout
 from cortexloop.functional.settings import explain, get_num_threads, set_num_threads
@@ -27,6 +28,7 @@ __all__ = [
     "gradient_ascent",
     "input_gradient",
     "lasso_path",
+    "nmf",
     "point_readout",
     "pullback",
     "responses",

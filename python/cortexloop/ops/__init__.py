@@ -38,6 +38,7 @@ from cortexloop.ops.evolution import (
 )
 from cortexloop.ops.lasso import lasso_path
 from cortexloop.ops.moments import feature_moments
+from cortexloop.ops.nmf import nmf
 from cortexloop.ops.pullback import bank_pullback
 from cortexloop.ops.readout import (
     factorized_readout,
@@ -67,6 +68,7 @@ __all__ = [
     "feature_moments",
     "lasso_path",
     "low_rank_product",
+    "nmf",
     "normals",
     "point_readout",
     "point_readout_gradient",
