@@ -11,6 +11,8 @@ import typer
 
 from cortexloop._native import SettingError
 from cortexloop.cli.console import BadInputError, complain, stdout, warnings_in_one_line
+from cortexloop.cli.factor_models import fit, saliency
+from cortexloop.cli.parameters import Backend, Images, Json, Models, Neurons, Precision, Resize, SkipBad, Threads
 
 app = typer.Typer(
     name="cortexloop",
@@ -19,22 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows its plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Models = Annotated[Path, typer.Option("--models", help="Model file, or folder of model files, of any readable format.")]
-Images = Annotated[
-    Path, typer.Option("--images", help="Folder or zip of pictures, .npy or .npz array, or one picture.")
-]
-Neurons = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer evaluates this on Python 3.10 as well
-    typer.Option("--neurons", help="Names, patterns ('190923/*') or positions ('0,3-7') of models; all if not given."),
-]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="Number of threads; all processors if not given.")]  # noqa: UP045
-Backend = Annotated[str, typer.Option("--backend", help="auto, cpu, cuda, triton or reference.")]
-Precision = Annotated[str, typer.Option("--precision", help="exact or fast (reduced precision, where supported).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no progress.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used, and list them.")]
-Resize = Annotated[bool, typer.Option("--resize", help="Bring pictures to the models' input size (Pillow, bicubic).")]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -315,6 +301,10 @@ def _given(context: typer.Context) -> Iterator[str]:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             yield name
+
+
+app.command()(fit)
+app.command()(saliency)
 
 
 @app.command()
