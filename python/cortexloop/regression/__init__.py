@@ -1,0 +1,20 @@
+"""Linear readouts of features, fitted for all neurons together: Ridge, Lasso, and what makes features fewer.
+
+    model = ridge(features, responses)              # [B, P], [B, T] -> LinearModel, alpha of each neuron by leave-one-out
+    model = lasso(features, responses, folds=5)
+    fewer = PCA(750).fit(features).transform(features)
+
+Computations run on the features' device in float64. May import: `functional`, torch.
+"""
+
+from __future__ import annotations
+
+from cortexloop.regression.folds import assign_folds
+from cortexloop.regression.model import LinearModel
+from cortexloop.regression.ridge import ridge
+
+__all__ = [
+    "LinearModel",
+    "assign_folds",
+    "ridge",
+]
