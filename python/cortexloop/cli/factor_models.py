@@ -146,3 +146,102 @@ def fit(
             json=json,
         )
     )
+
+
+def saliency(
+    models: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--models", help="Models to explain; nine built-in textbook neurons if not given. With --model: "
+                     "the compact models that the features come from, if not as recorded."),
+    ] = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--images", help="Folder or zip of pictures, .npy or .npz array; procedural images if not given."),
+    ] = None,
+    neurons: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--neurons", help="Names, patterns or positions ('0,3-7') of neurons; all if not given."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="gradient, input-x-gradient, smoothgrad, integrated-gradients or occlusion; with "
+                     "--model: gradient or integrated-gradients."),
+    ] = "gradient",
+    top: Annotated[
+        int, typer.Option("--top", help="Preferred images per neuron; with --model: references per image.")
+    ] = 4,
+    every_image: Annotated[
+        bool, typer.Option("--every-image", help="Maps of all images for every neuron instead of preferred ones.")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", help="Noisy copies of an image, for smoothgrad.")] = 16,
+    noise: Annotated[
+        float, typer.Option("--noise", help="Their standard deviation, as a fraction of the image's range.")
+    ] = 0.15,
+    steps: Annotated[int, typer.Option("--steps", help="Points on the path of integrated gradients.")] = 32,
+    window: Annotated[int, typer.Option("--window", help="Side in pixels of the patch that occludes.")] = 12,
+    stride: Annotated[int, typer.Option("--stride", help="Pixels between places of the patch.")] = 6,
+    blur: Annotated[float, typer.Option("--blur", help="Standard deviation in pixels of a blur of the maps.")] = 1.0,
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--model", help="Fitted factor model (model.safetensors of `cortexloop fit`): parallel backpropagation."),
+    ] = None,
+    gallery: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--gallery", help="Reference images, among which the most similar ones are found for every image."),
+    ] = None,
+    variant: Annotated[
+        str, typer.Option("--variant", help="What latent features of a pair share: product, similarity or minimum.")
+    ] = "product",
+    source_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--source-model", help="Which of the --models gave the features of --model."),
+    ] = None,
+    network: Network = None,
+    layer: Layer = None,
+    weights: Weights = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything random.")] = 0,
+    show: Annotated[int, typer.Option("--show", help="How many neurons get a card in the report.")] = 24,
+    resize: Resize = False,
+    skip_bad: SkipBad = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path("cortexloop-saliency"),
+    overwrite: Overwrite = False,
+    batch: Batch = 64,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Show which pixels drive model neurons, as heat maps, and write a report."""
+    from cortexloop.cli.saliency.command import saliency_command
+    from cortexloop.cli.saliency.options import SaliencyOptions
+    from cortexloop.cli.sources import SourceOptions
+
+    saliency_command(
+        SaliencyOptions(
+            source=SourceOptions(models, source_model, layer, network, weights, size, mean, std, batch, device, seed),
+            images=images,
+            neurons=tuple(neurons or ()),
+            method=method,
+            top=top,
+            every_image=every_image,
+            samples=samples,
+            noise=noise,
+            steps=steps,
+            window=window,
+            stride=stride,
+            blur=blur,
+            model=model,
+            gallery=gallery,
+            variant=variant,
+            seed=seed,
+            show=show,
+            resize=resize,
+            skip_bad=skip_bad,
+            out=out,
+            overwrite=overwrite,
+            threads=threads,
+            json=json,
+        )
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class Recorded:
 def load_example(options: FitOptions) -> tuple[Pictures, Recorded]:
     """The built-in recording."""
     found = recorded(options.seed)
-    chosen = choose(found.neurons, options.neurons)
+    chosen = choose(found.neurons, options.neurons, "neurons")
     rows = [found.neurons.index(name) for name in chosen]
     pictures = Pictures(found.images)
     raw = found.raw[rows]
@@ -139,7 +140,7 @@ def load_recorded(options: FitOptions, names: Sequence[str] | None, total: int) 
         names, order = [f"image {i + 1}" for i in range(columns)], np.arange(columns)
     else:
         order = match_columns(names, total, columns)
-    chosen = choose(recording.neurons, options.neurons)
+    chosen = choose(recording.neurons, options.neurons, "neurons")
     rows = [recording.neurons.index(name) for name in chosen]
     raw = None if recording.raw is None else recording.raw[rows][:, order]
     return Recorded(
@@ -150,8 +151,8 @@ def load_recorded(options: FitOptions, names: Sequence[str] | None, total: int) 
 def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.bool_]]:
     """Without missing and constant responses.
 
-    Images without any response are dropped. Of what is missing then, "exclude-neurons" leaves out the neurons, and
-    "drop-images" the images. Neurons with constant responses are left out.
+    Images without any response are dropped. Of what is missing then, "neurons" leaves out the neurons, and
+    "images" the images. Neurons with constant responses are left out.
 
     Returns:
         (what remains, [N] which images were kept).
@@ -165,7 +166,7 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
     excluded = [Excluded(name, "no response is recorded (all NaN)") for name, no in zip(found.neurons, silent, strict=True) if no]
     if silent.all():
         raise BadInputError(f"nothing was recorded of the {len(found.neurons)} chosen neurons: all responses are NaN")
-    lost = missing[:, ~silent].any(axis=1) if policy == "drop-images" else missing[:, ~silent].all(axis=1)
+    lost = missing[:, ~silent].any(axis=1) if policy == "images" else missing[:, ~silent].all(axis=1)
     dropped = [
         Excluded(name, f"{int(gone.sum())} of {gone.size} responses are missing (NaN)")
         for name, gone, no in zip(found.names, missing[:, ~silent], lost, strict=True) if no
@@ -178,7 +179,7 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
         values = responses[kept, n]
         gone = int(np.isnan(values).sum())
         if gone:
-            excluded.append(Excluded(name, f"{gone:,} of {len(values):,} responses are missing (NaN); --missing drop-images leaves out images instead"))
+            excluded.append(Excluded(name, f"{gone:,} of {len(values):,} responses are missing (NaN); --missing images leaves out images instead"))
         elif len(values) and np.ptp(values) == 0:
             excluded.append(Excluded(name, f"its responses are constant ({values[0]:g})"))
         else:
@@ -219,15 +220,10 @@ def split(found: Recorded, options: FitOptions) -> tuple[NDArray[np.int64], NDAr
     return fit, held, rule
 
 
-def open_pictures(options: FitOptions, size: tuple[int, int] | None) -> Pictures:
-    """The images of the command line. Raises BadInputError."""
-    assert options.images is not None
+def open_images(path: Path, size: tuple[int, int] | None, *, resize: bool, skip_bad: bool) -> Pictures:
+    """The images of a folder, zip or array file. Raises BadInputError."""
     with bad_input():
-        return Pictures(
-            io.open_images(
-                options.images, size=size, resize=options.resize, on_error="skip" if options.skip_bad else "raise"
-            )
-        )
+        return Pictures(io.open_images(path, size=size, resize=resize, on_error="skip" if skip_bad else "raise"))
 
 
 def without_constant(found: Recorded, fit: NDArray[np.int64]) -> Recorded:
