@@ -54,6 +54,8 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 }  // namespace
 
+void bind_moments(py::module_& m);  // moments.cpp
+
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
   m.def("isas", &cpu::isas);
@@ -222,4 +224,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         }
         check(status);
       });
+
+  bind_moments(m);
 }

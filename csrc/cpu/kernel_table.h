@@ -6,6 +6,7 @@
 #include "../common/model_view.h"
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
+#include "cortexloop/moments.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -29,6 +30,16 @@ struct ImageSource {
 // One row of random numbers, resolved from RandomRows: `row` carries the stream in its upper 8 bits.
 struct RandomRow {
   std::uint32_t key0, key1, row, step, problem;
+};
+
+// Responses of a batch as the moments kernel reads them. Rows are images, then two that complete Chan's merge: f * shift, which
+// meets d, and minus the sum of `centred`, which meets the difference of the batch's mean from the centre that was used.
+constexpr int kResponseGroup = 8;
+
+struct MomentsJob {
+  FeatureMomentsArgs args;
+  const float* weights;    // [images]
+  const float* responses;  // [ceil(neurons / kResponseGroup), images + 2, kResponseGroup], zeros beyond the last neuron
 };
 
 struct Kernels {
@@ -56,6 +67,10 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, std::int64_t columns);
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
+
+  // Running moments of the columns [begin, end); `scratch` is aligned to 64 bytes and has `moments_scratch_bytes`.
+  std::int64_t moments_columns_at_a_time, moments_scratch_bytes;
+  void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
 };
 
 const Kernels* kernels_generic();

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(CORTEXLOOP_ISA_AVX512) || defined(CORTEXLOOP_ISA_AVX2)
 #include <immintrin.h>
@@ -190,6 +191,52 @@ CL_INLINE void vstore_pairs(float* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 }
 #endif
+
+// kLanes float16 or bfloat16 numbers as floats, exactly; infinities and NaN stay what they are.
+#if defined(CORTEXLOOP_ISA_AVX512)
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+#else
+CL_INLINE vf vload_bits(const std::uint32_t* bits) {
+  float values[kLanes];
+  std::memcpy(values, bits, sizeof values);
+  return vload(values);
+}
+// Plain loops, which compilers turn into vectors; subnormal numbers by an integer conversion, whatever the processor's mode.
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  std::uint32_t bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const std::uint32_t magnitude = p[i] & 0x7fffu, sign = static_cast<std::uint32_t>(p[i] & 0x8000u) << 16;
+    const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * (1.0f / 16777216.0f);
+    std::uint32_t small_bits;
+    std::memcpy(&small_bits, &small, sizeof small);
+    const std::uint32_t large = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);
+    bits[i] = sign | (magnitude < 0x400u ? small_bits : large);
+  }
+  return vload_bits(bits);
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  std::uint32_t bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<std::uint32_t>(p[i]) << 16;
+  return vload_bits(bits);
+}
+#endif
+
+// Ask for the cache line at `p`, which will be read soon, into the second-level cache.
+CL_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#elif defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#else
+  static_cast<void>(p);
+#endif
+}
 
 // Keep x in a register: without it GCC reloads a vector from memory at every use, and the products become bound by loads.
 CL_INLINE void vkeep(vf& x) {

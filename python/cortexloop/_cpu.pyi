@@ -86,6 +86,21 @@ def code_moments(
 ) -> None: ...
 def low_rank_product(x: int, left: int, right: int, rank: int, n_problems: int, columns: int, out: int) -> None: ...
 def row_dots(x: int, y: int, n_problems: int, columns: int, out: int) -> None: ...
+def feature_moments(
+    features: int,
+    dtype: int,
+    weights: int,
+    centred: int,
+    shift: int,
+    before: float,
+    batch: float,
+    images: int,
+    columns: int,
+    neurons: int,
+    mean: int,
+    m2: int,
+    cross: int,
+) -> None: ...
 
 class BankPlan:
     def __init__(

@@ -4,6 +4,7 @@
 #include "../kernel_table.h"
 #include "bank_bwd.inl.h"
 #include "evolution.inl.h"
+#include "moments.inl.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -20,8 +21,9 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          kHasFast,   prepared_bytes, prepare_image, scratch_bytes, bank_forward,
-                 bank_gradient, random_row, sample_row,     low_rank_row,  dot,           moments_block};
+  return Kernels{name,         kHasFast,      prepared_bytes, prepare_image,        scratch_bytes,
+                 bank_forward, bank_gradient, random_row,     sample_row,           low_rank_row,
+                 dot,          moments_block, kPanel,         kMomentsScratchBytes, moments_columns};
 }
 
 }  // namespace

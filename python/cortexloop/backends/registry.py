@@ -117,6 +117,19 @@ class Backend(Protocol):
 
     def row_dots(self, x: Tensor, y: Tensor) -> Tensor: ...
 
+    def feature_moments(
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        centred: Tensor,
+        shift: Tensor,
+        before: float,
+        batch: float,
+        mean: Tensor,
+        m2: Tensor,
+        cross: Tensor,
+    ) -> None: ...
+
 
 @dataclass(frozen=True)
 class Verdict:

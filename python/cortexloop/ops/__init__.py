@@ -1,6 +1,7 @@
 """Torch operators: schema, fake implementation, autograd. One operator per model bank and direction.
 
-`evolution.py` holds plain functions on populations of codes: nothing differentiates or traces them.
+`evolution.py` and `moments.py` hold plain functions, on populations of codes and on running moments: nothing
+differentiates or traces them.
 
 The backend is an argument, so that a traced graph shows it. May import: `backends`, `packing`, torch.
 """
@@ -34,6 +35,7 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.moments import feature_moments
 
 __all__ = [
     "OPS",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "feature_moments",
     "low_rank_product",
     "normals",
     "problem",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from cortexloop import _native
 from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
+from cortexloop.backends.cpu.moments import MomentOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, CodeOperators):
+class CpuBackend(BankOperators, CodeOperators, MomentOperators):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -19,7 +20,11 @@ class CpuBackend(BankOperators, CodeOperators):
             return reason
         if problem.op == "sample_codes":
             return self.codes_unsupported(problem)
-        return self.bank_unsupported(problem)
+        if problem.op == "feature_moments":
+            return self.moments_unsupported(problem)
+        if problem.op in ("bank_forward", "bank_input_gradient"):
+            return self.bank_unsupported(problem)
+        return f"there is no C++ kernel for {problem.op}"
 
     def note(self, problem: Problem) -> str | None:
         if problem.op in ("bank_forward", "bank_input_gradient"):

@@ -6,8 +6,8 @@ import torch
 
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
+from cortexloop.backends.reference.moments import MomentOperators
 from cortexloop.backends.registry import Problem
-
 
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 
@@ -23,7 +23,7 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators):
+class ReferenceBackend(BankOperators, CodeOperators, MomentOperators):
     """Plain torch; takes everything."""
 
     name = "reference"
