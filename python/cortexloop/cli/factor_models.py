@@ -80,15 +80,28 @@ def fit(
         str, typer.Option("--method", help="Factorization: posneg-nmf (published), semi-nmf or svd.")
     ] = "posneg-nmf",
     threshold: Annotated[
-        str, typer.Option("--threshold", help="Entries of the covariance to keep: two-sided, positive, fdr, none; or two-sided:3.")
+        str,
+        typer.Option(
+            "--threshold",
+            help="Which covariances to keep: two-sided (|t| >= 3), published (t >= 3), negative, fdr, permutation, "
+            "familywise or none; with a level: two-sided:2.5, fdr:0.01.",
+        ),
     ] = "two-sided",
     border: Annotated[
         int, typer.Option("--border", help="Rows and columns of the map left out at each side (zero padding).")
     ] = 1,
     reduction: Annotated[
-        str, typer.Option("--reduction", help="What the regression sees: spmask, featvec, factor or scalar.")
-    ] = "spmask",
+        str,
+        typer.Option(
+            "--reduction",
+            help="What a regression sees of the map: mask (published spmask), vector (featvec) or factor; none: the "
+            "factors themselves predict.",
+        ),
+    ] = "mask",
     regressor: Annotated[str, typer.Option("--regressor", help="ridge or lasso.")] = "ridge",
+    nonlinearity: Annotated[
+        str, typer.Option("--nonlinearity", help="softplus, line, or auto: softplus without a reduction.")
+    ] = "auto",
     held_out: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--held-out", help="Fraction of images to test on, chosen at random; 0.2 if not given."),
@@ -133,6 +146,7 @@ def fit(
             border=border,
             reduction=reduction,
             regressor=regressor,
+            nonlinearity=nonlinearity,
             held_out=held_out,
             held_out_from=held_out_from,
             baselines=baselines,

@@ -10,8 +10,10 @@ from cortexloop.cli.console import BadInputError
 from cortexloop.cli.sources import SourceOptions
 
 METHODS = ("posneg-nmf", "semi-nmf", "svd")
-REDUCTIONS = ("spmask", "featvec", "factor", "scalar")
+REDUCTIONS = ("mask", "vector", "factor", "none")
 REGRESSORS = ("ridge", "lasso")
+NONLINEARITIES = ("auto", "softplus", "line")
+THRESHOLDS = ("two-sided", "published", "negative", "fdr", "permutation", "familywise", "none")
 BASELINES = {
     "pca": "PCA and ridge",
     "srp": "sparse random projection and ridge",
@@ -38,8 +40,9 @@ class FitOptions:
     method: str = "posneg-nmf"
     threshold: str = "two-sided"
     border: int = 1
-    reduction: str = "spmask"
+    reduction: str = "mask"
     regressor: str = "ridge"
+    nonlinearity: str = "auto"
     held_out: float | None = None
     held_out_from: int | None = None
     baselines: str = "pca"
@@ -74,12 +77,26 @@ def settle_baselines(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def settle_threshold(text: str) -> tuple[str, float | None]:
+    """Kind and level (None: that of the kind) of a threshold such as "fdr" or "two-sided:2.5". Raises BadInputError."""
+    kind, colon, level = text.strip().partition(":")
+    if kind not in THRESHOLDS:
+        raise BadInputError(f"--threshold should be one of {', '.join(THRESHOLDS)}, got {kind!r}")
+    if not colon:
+        return kind.replace("-", "_"), None
+    try:
+        return kind.replace("-", "_"), float(level)
+    except ValueError as error:
+        raise BadInputError(f"--threshold {text!r}: the level behind the colon should be a number") from error
+
+
 def check(options: FitOptions) -> None:
     """Refuse what cannot be meant. Raises BadInputError."""
     choices = (
         ("method", METHODS),
         ("reduction", REDUCTIONS),
         ("regressor", REGRESSORS),
+        ("nonlinearity", NONLINEARITIES),
         ("missing", MISSING),
     )
     for name, known in choices:
