@@ -19,7 +19,10 @@ _CPU_BYTES = 10_000_000
 _GPU_BYTES = 2_000_000_000
 _EXACT_SVD_UP_TO = 256  # positions; above, a few rounds of subspace iteration are faster than all eigenvectors
 _TINY = 1e-6  # entries of the initial factors that count as 0, as published; so the start depends on the unit
-_MEANS = (1e-5, 1e5)  # matrices of a mean outside are scaled to it, lest everything be tiny or nothing
+# Matrices of a mean outside are scaled to it. Below, all entries of the start would count as 0; above, the mean that
+# fills zeros dwarfs the singular vectors, whose scale is its square root, and descent ends in worse minima (explained
+# 0.43 instead of 0.59 at a mean of 1e5).
+_MEANS = (1e-5, 1.0)
 
 
 @dataclass(frozen=True)
