@@ -58,12 +58,20 @@ def heat(values: NDArray[np.floating], *, scale: float | None = None) -> str:
     return charts.data_uri(Image.fromarray(rgba), "PNG")
 
 
+def thumbnail(pixels: NDArray[np.uint8], longest: int) -> str:
+    """Data URI of a JPEG of an image [H, W, 3], made smaller where a side is longer than `longest` pixels."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return charts.data_uri(picture, "JPEG")
+
+
 def frame(
     background: str | None,
     layer: str | None,
     size: tuple[int, int],
     *,
     ellipse: tuple[float, float, float, float, float] | None = None,
+    faded: bool = True,
 ) -> Markup:
     """One picture of a page: a background, a heat map stretched over it and an outline.
 
@@ -72,11 +80,13 @@ def frame(
         size: height and width of the frame in image pixels.
         ellipse: x, y, semi-axes along x and y before rotation, in image pixels, and the rotation in degrees (clockwise,
             as the page's y axis points down).
+        faded: whether the background is grey and faint, as behind a heat map.
     """
     height, width = size
     parts = [f'<div class="frame" style="aspect-ratio:{width}/{height}">']
     if background is not None:
-        parts.append(f'<img class="behind" src="{background}" alt="">')
+        kind = ' class="behind"' if faded else ""
+        parts.append(f'<img{kind} src="{background}" alt="">')
     if layer is not None:
         parts.append(f'<img class="over" src="{layer}" alt="">')
     if ellipse is not None:

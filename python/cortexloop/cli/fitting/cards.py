@@ -26,6 +26,9 @@ NOISE_IMAGES = 24
 LEVEL = 0.3
 """Of its amplitude, where a fitted Gaussian's outline is drawn."""
 
+MARGIN = 0.12
+"""Around the part of an image where a mask looks, as a fraction of the image."""
+
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
@@ -100,7 +103,7 @@ def make_cards(
                     FactorShown(
                         chosen.masks[i, f].double().numpy(),
                         tuple(
-                            Channel(name, weight, found.get(names[top]), names[top])
+                            Channel(name, weight, _patch(found.get(names[top]), chosen.masks[i, f]), names[top])
                             for name, weight, top in zip(channel_names, weights, tops, strict=True)
                         ),
                         float(norms[f] / norms.sum()) if float(norms.sum()) else 0.0,
@@ -126,7 +129,7 @@ def make_cards(
 def _parts(
     factors: Factors, neuron: int, maps: Tensor, opened: OpenSource | None
 ) -> list[tuple[list[str], list[float], list[int]]]:
-    """Of each factor with content: names, weights and best images of its strongest channels."""
+    """Of each factor with content: names, weights (of a vector of unit length) and best images of its strongest channels."""
     found = []
     names = None if opened is None else opened.channels
     for f in range(factors.rank):
@@ -139,8 +142,29 @@ def _parts(
         seen = torch.einsum("bkhw,hw->bk", maps[:, strongest.to(maps.device)], mask)
         tops = seen.argmax(0).tolist()
         labels = [f"channel {c}" if names is None else names[c] for c in strongest.tolist()]
-        found.append((labels, vector[strongest].tolist(), tops))
+        found.append((labels, (vector[strongest] / vector.norm()).tolist(), tops))
     return found
+
+
+def _patch(pixels: NDArray[np.uint8] | None, mask: Tensor) -> NDArray[np.uint8] | None:
+    """The square part of an image where a mask looks, and a margin for the extent of the features themselves."""
+    if pixels is None or mask.numel() == 1:
+        return pixels
+    weight = mask.abs().double()
+    total = float(weight.sum())
+    if total == 0:
+        return pixels
+    centre, side = [], MARGIN
+    for axis, (cells, extent) in enumerate(zip(mask.shape, pixels.shape[:2], strict=True)):
+        along = weight.sum(1 - axis) / total
+        places = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        mean = float((along * places).sum())
+        centre.append(mean * extent)
+        side = max(side, 2.5 * float((along * (places - mean) ** 2).sum()) ** 0.5 + MARGIN)
+    half = min(1.0, side) * min(pixels.shape[:2]) / 2
+    starts = [round(min(max(c - half, 0), n - 2 * half)) for c, n in zip(centre, pixels.shape[:2], strict=True)]
+    size = max(round(2 * half), 1)
+    return pixels[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
 
 
 def _ranked(predicted: Double, recorded: Double) -> tuple[list[int], list[int], list[int]]:

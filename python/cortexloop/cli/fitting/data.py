@@ -32,10 +32,10 @@ class Excluded:
 
 
 class Pictures:
-    """The images of a fit, from a file or in memory; `batches` may be called again."""
+    """The images of a fit, from a file or in memory, where they are `called` so; `batches` may be called again."""
 
-    def __init__(self, source: io.ImageSource | NDArray[np.uint8]) -> None:
-        self.source = source
+    def __init__(self, source: io.ImageSource | NDArray[np.uint8], called: str = "procedural") -> None:
+        self.source, self.called = source, called
 
     @property
     def size(self) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class Pictures:
     @property
     def names(self) -> list[str]:
         if isinstance(self.source, np.ndarray):
-            return [f"procedural {i + 1}" for i in range(len(self.source))]
+            return [f"{self.called} {i + 1}" for i in range(len(self.source))]
         return list(self.source.names)
 
     @property
@@ -108,7 +108,7 @@ def load_example(options: FitOptions) -> tuple[Pictures, Recorded]:
     found = recorded(options.seed)
     chosen = choose(found.neurons, options.neurons, "neurons")
     rows = [found.neurons.index(name) for name in chosen]
-    pictures = Pictures(found.images)
+    pictures = Pictures(found.images, "collage")
     raw = found.raw[rows]
     return pictures, Recorded(
         tuple(pictures.names), np.arange(len(found.images)) + 1, raw.mean(axis=2).T, raw, tuple(chosen), (), (),

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 import cortexloop as cl
 from cortexloop import textbook
 
-IMAGES = 360
+IMAGES = 800
 REPEATS = 4
-NOISE = 0.6
-"""Standard deviation of one repeat around the expected response, whose own is about 1."""
+NOISE = 0.5
+"""Standard deviation of one repeat around the expected response, whose own is 1."""
+
+SATURATION = 3.0
+"""Where responses level off, in their standard deviations."""
+
+TILE = 28
+"""Side in pixels of the pieces that collages are made of: about the size of the neurons' receptive fields."""
+
+_PIECES = 120  # procedural images that they are cut from
 
 ORIENTATIONS = 8
 _TAPS = 13
@@ -86,7 +94,7 @@ class Example:
 
     Attributes:
         images: uint8 [N, 112, 112, 3].
-        raw: [T, N, repeats] responses with noise.
+        raw: [T, N, repeats] responses with noise, about z-scored.
     """
 
     images: NDArray[np.uint8]
@@ -95,9 +103,33 @@ class Example:
 
 
 def recorded(seed: int) -> Example:
-    """Noisy responses of the nine textbook neurons to procedural images."""
+    """Noisy, saturating responses of the nine textbook neurons to collages."""
     bank = cl.ModelBank.from_weights(textbook.textbook_neurons())
-    images = textbook.procedural_images(IMAGES, seed)
+    images = collages(IMAGES, seed)
     clean = cl.responses(images, bank).T.astype(np.float64)
+    clean = (clean - clean.mean(axis=1, keepdims=True)) / clean.std(axis=1, keepdims=True)
+    clean = SATURATION * np.tanh(clean / SATURATION)
     noise = np.random.default_rng(seed).normal(0.0, NOISE, (*clean.shape, REPEATS))
     return Example(images, clean[..., None] + noise, bank.names)
+
+
+def collages(count: int, seed: int) -> NDArray[np.uint8]:
+    """Images tiled with pieces of procedural images: uint8 [count, 112, 112, 3].
+
+    What lies in one place says nothing about what lies in another, so that covariances with a response are confined to
+    its receptive field; with whole procedural images, contours and textures would carry them far beyond.
+    """
+    rng = np.random.default_rng(seed)
+    pieces = textbook.procedural_images(_PIECES, seed)
+    side = textbook.SIZE // TILE + 1
+    found = np.empty((count, textbook.SIZE, textbook.SIZE, 3), np.uint8)
+    for image in found:
+        tiled = np.empty((side * TILE, side * TILE, 3), np.uint8)
+        for row in range(side):
+            for column in range(side):
+                y, x = rng.integers(textbook.SIZE - TILE + 1, size=2)
+                piece = pieces[rng.integers(len(pieces)), y : y + TILE, x : x + TILE]
+                tiled[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE] = piece
+        y, x = rng.integers(TILE, size=2)
+        image[:] = tiled[y : y + textbook.SIZE, x : x + textbook.SIZE]
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cortexloop.cli import charts, overlays
-from cortexloop.cli.fitting.findings import Card, FactorShown, FieldShown, FitFindings, Seen
+from cortexloop.cli.fitting.findings import Card, Ellipse, FactorShown, FieldShown, FitFindings, Seen
 from cortexloop.cli.fitting.texts import method_texts
 from cortexloop.cli.report import DESCRIPTIONS, breakable, shown_number
 
@@ -67,7 +67,7 @@ def render(findings: FitFindings) -> str:
 
 def number(value: float, digits: int = 2) -> str:
     """`shown_number`, and a dash for what is not defined."""
-    return "\N{EN DASH}" if math.isnan(value) else shown_number(value, digits)
+    return "\N{EN DASH}" if math.isnan(value) else shown_number(round(value, digits) + 0.0, digits)
 
 
 def capitalize_first(text: str) -> str:
@@ -122,8 +122,7 @@ def _bar(value: float) -> tuple[float, int, float | None]:
 def _card(findings: FitFindings, card: Card) -> dict[str, Any]:
     n, model = card.index, findings.model
     size = findings.image_size or (findings.feature_shape[1], findings.feature_shape[2])
-    lossless = findings.options.example
-    background = None if card.background is None else charts.picture(card.background, lossless=False)
+    background = None if card.background is None else overlays.thumbnail(card.background, 224)
     return {
         "name": card.name,
         "anchor": f"neuron-{n}",
@@ -139,7 +138,7 @@ def _card(findings: FitFindings, card: Card) -> dict[str, Any]:
         "overlap": "",
         "factors": [_factor(factor, size) for factor in card.factors],
         "rows": [
-            (Markup(caption), [_seen(one, lossless) for one in seen])
+            (Markup(caption), [_seen(one, size, card.analytic.ellipse) for one in seen])
             for caption, seen in (
                 ('Held-out images, most driving: <b class="a">predicted</b> and <b class="b">recorded</b>', card.best),
                 ('Held-out images, least driving', card.worst),
@@ -172,7 +171,7 @@ def _factor(factor: FactorShown, size: tuple[int, int]) -> dict[str, Any]:
                 "name": channel.name,
                 "weight": channel.weight,
                 "width": 100 * abs(channel.weight) / most,
-                "uri": None if channel.pixels is None else charts.picture(channel.pixels, lossless=False),
+                "uri": None if channel.pixels is None else overlays.thumbnail(channel.pixels, 64),
                 "image": channel.image,
             }
             for channel in factor.channels
@@ -180,10 +179,10 @@ def _factor(factor: FactorShown, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _seen(seen: Seen, lossless: bool) -> dict[str, Any]:
+def _seen(seen: Seen, size: tuple[int, int], ellipse: Ellipse | None) -> dict[str, Any]:
     assert seen.pixels is not None
     return {
-        "uri": charts.picture(seen.pixels, lossless=lossless),
+        "frame": overlays.frame(overlays.thumbnail(seen.pixels, 112), None, size, ellipse=ellipse, faded=False),
         "name": seen.name,
         "predicted": seen.predicted,
         "recorded": seen.recorded,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from cortexloop.cli.fitting.cards import LEVEL, NOISE_IMAGES
+from cortexloop.cli.fitting.example import IMAGES, NOISE, REPEATS, SATURATION
 from cortexloop.cli.fitting.findings import FitFindings
 
 _METHODS = {
     "posneg-nmf": "non-negative matrix factorization of its positive and negative parts, stacked along channels (Wang and "
     "Ponce); masks are non-negative, vectors signed",
-    "semi-nmf": "semi-NMF (Ding, Li and Jordan 2010): masks are non-negative, vectors free",
+    "semi-nmf": "semi-NMF (Ding, Li and Jordan 2010); masks are non-negative, vectors free",
     "svd": "truncated singular value decomposition, the best approximation of this rank; masks may have either sign",
-}
-_REDUCTIONS = {
-    "spmask": "the feature map summed under each mask, all channels of it",
-    "featvec": "the feature map summed with each vector, all places of it",
-    "factor": "one number per factor: the map under its mask with its vector",
-    "scalar": "one number: the sum of all factors",
 }
 
 
@@ -30,26 +26,46 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         ),
         (
             "Factorization",
-            f"Over the images to fit on, the covariance of every feature with the neuron's response is taken in one pass; "
-            f"{findings.record['threshold']}. A border of {options.border} is left out at each side. What is left "
-            f"becomes {options.rank} outer products of a mask and a vector by {_METHODS[options.method]}. "
-            "Explained is 1 - |M - M'|\N{SUPERSCRIPT TWO} / |M|\N{SUPERSCRIPT TWO} of that tensor.",
+            "Over the images to fit on, the covariance of every feature with the z-scored response is taken in one pass; "
+            f"{findings.record['threshold']}. A border of {options.border} place{'' if options.border == 1 else 's'} is "
+            f"left out at each side. What is left becomes {options.rank} outer "
+            f"product{'' if options.rank == 1 else 's'} of a mask and a vector by {_METHODS[options.method]}. Explained is "
+            "1 \N{MINUS SIGN} |M \N{MINUS SIGN} M\N{PRIME}|\N{SUPERSCRIPT TWO} / |M|\N{SUPERSCRIPT TWO} of that tensor, "
+            "kept the fraction of features whose covariance passed the threshold.",
         ),
-        ("Regression", f"{options.regressor} on {_REDUCTIONS[options.reduction]}. {findings.record['regression']}"),
+        ("Prediction", str(findings.record["regression"])),
         (
             "Scores",
-            "Nothing of the held-out images enters a fit. r is Pearson's correlation, R\N{SUPERSCRIPT TWO} the coefficient of "
-            "determination, FEV 1 - var(y - y') / var(y).",
+            "Nothing of the held-out images enters a fit. r is Pearson's correlation, R\N{SUPERSCRIPT TWO} the coefficient "
+            "of determination, FEV 1 \N{MINUS SIGN} var(y \N{MINUS SIGN} y\N{PRIME}) / var(y).",
         ),
     ]
     if findings.ceiling is not None:
-        found.append(("Ceiling", str(findings.record["ceiling"])))
-    found.append(("Receptive fields", str(findings.record["fields"])))
+        text = "the correlation that a perfect model could reach with responses averaged over this many repeats, from the "
+        found.append(("Ceiling", text + "agreement of resampled repeats (cortexloop.metrics.noise_ceiling)."))
+    fields = (
+        "the first follows from the factors alone, the sum of |vector| times mask over factors, without any image"
+    )
+    if any(card.gradient is not None for card in findings.cards):
+        fields += (
+            f"; the second is the mean size of the gradient of the linear score in pixels over {NOISE_IMAGES} images of "
+            "uniform noise, back-projected through the network"
+        )
+    fields += f". Outlines are where a Gaussian fitted to the map falls to {LEVEL:g} of its height."
+    found.append(("Receptive fields", fields[0].upper() + fields[1:]))
     others = findings.methods[1:]
     if others:
-        found.append(("Compared with", "; ".join(f"{method.label}: {findings.record['baselines'][method.name]}" for method in others) + "."))
+        told = findings.record["baselines"]
+        found.append(("Compared with", "; ".join(f"{method.label}: {told[method.name]}" for method in others) + "."))
     if options.example:
-        found.append(("The example", str(findings.record["example"])))
+        text = (
+            f"responses of the textbook neurons to {IMAGES} collages of pieces of procedural images (seed {options.seed}), "
+            f"z-scored and levelling off at {SATURATION:g} standard deviations, {REPEATS} repeats each with Gaussian noise "
+            f"of {NOISE:g}. The network that explains them is a bank of fixed Gabor and centre-surround filters; the "
+            "neurons are built of others. Arrows say which side of an edge is lighter."
+        )
+        found.append(("The example", text[0].upper() + text[1:]))
     else:
-        found.append(("Responses", f"recording {findings.recorded.what} of {options.responses}, averaged over repeats."))
+        text = f"recording {findings.recorded.what} of {str(options.responses)!r}, averaged over repeats."
+        found.append(("Responses", text[0].upper() + text[1:]))
     return found
