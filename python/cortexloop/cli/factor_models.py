@@ -178,22 +178,26 @@ def saliency(
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", help="gradient, input-x-gradient, smoothgrad, integrated-gradients or occlusion; with "
-                     "--model: gradient or integrated-gradients."),
+        typer.Option("--method", help="gradient, input-x-gradient, smoothgrad, integrated-gradients or occlusion."),
     ] = "gradient",
     top: Annotated[
-        int, typer.Option("--top", help="Preferred images per neuron; with --model: references per image.")
+        int, typer.Option("--top", help="Preferred images per neuron.")
     ] = 4,
     every_image: Annotated[
-        bool, typer.Option("--every-image", help="Maps of all images for every neuron instead of preferred ones.")
+        bool, typer.Option("--every-image", help="Maps of all images for every neuron, instead of preferred ones.")
     ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Noisy copies of an image, for smoothgrad.")] = 16,
     noise: Annotated[
-        float, typer.Option("--noise", help="Their standard deviation, as a fraction of the image's range.")
+        float, typer.Option("--noise", help="Their standard deviation, as a fraction of the range of levels.")
     ] = 0.15,
     steps: Annotated[int, typer.Option("--steps", help="Points on the path of integrated gradients.")] = 32,
-    window: Annotated[int, typer.Option("--window", help="Side in pixels of the patch that occludes.")] = 12,
-    stride: Annotated[int, typer.Option("--stride", help="Pixels between places of the patch.")] = 6,
+    baseline: Annotated[
+        str,
+        typer.Option("--baseline", help="Where paths and inputs start: zero (what the network sees as 0), blur or a level."),
+    ] = "zero",
+    radius: Annotated[float, typer.Option("--radius", help="Of the patches that occlude, in pixels.")] = 8.0,
+    stride: Annotated[int, typer.Option("--stride", help="Pixels between their places.")] = 4,
+    fill: Annotated[str, typer.Option("--fill", help="What takes their place: smooth, zero or a level.")] = "smooth",
     blur: Annotated[float, typer.Option("--blur", help="Standard deviation in pixels of a blur of the maps.")] = 1.0,
     model: Annotated[
         Optional[Path],  # noqa: UP045
@@ -203,9 +207,14 @@ def saliency(
         Optional[Path],  # noqa: UP045
         typer.Option("--gallery", help="Reference images, among which the most similar ones are found for every image."),
     ] = None,
-    variant: Annotated[
-        str, typer.Option("--variant", help="What latent features of a pair share: product, similarity or minimum.")
-    ] = "product",
+    references: Annotated[int, typer.Option("--references", help="Of the gallery, for every image and neuron.")] = 2,
+    cotangent: Annotated[
+        str,
+        typer.Option("--cotangent", help="What a pair shares: weighted-product, similarity-gradient or minimum."),
+    ] = "weighted-product",
+    similarity: Annotated[
+        str, typer.Option("--similarity", help="How references are found: weighted, cosine or abs-cosine.")
+    ] = "weighted",
     source_model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--source-model", help="Which of the --models gave the features of --model."),
@@ -243,12 +252,16 @@ def saliency(
             samples=samples,
             noise=noise,
             steps=steps,
-            window=window,
+            baseline=baseline,
+            radius=radius,
             stride=stride,
+            fill=fill,
             blur=blur,
             model=model,
             gallery=gallery,
-            variant=variant,
+            references=references,
+            cotangent=cotangent,
+            similarity=similarity,
             seed=seed,
             show=show,
             resize=resize,

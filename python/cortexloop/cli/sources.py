@@ -51,9 +51,13 @@ class SourceOptions:
         return self.models is not None or self.network is not None
 
     def stored(self) -> dict[str, Any]:
-        """As JSON; `restored` reads it."""
+        """As JSON, files by their absolute paths; `restored` reads it."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("batch", "device")}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
+        if self.weights is not None and self.weights != PRETRAINED:
+            kept["weights"] = str(Path(self.weights).resolve())
+        if self.network is not None and ".py:" in self.network:
+            kept["network"] = str(Path(self.network).resolve())
+        return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in kept.items()}
 
 
 def restored(stored: dict[str, Any], *, batch: int, device: str) -> SourceOptions:

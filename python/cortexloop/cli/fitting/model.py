@@ -101,9 +101,14 @@ def fit(
 
         reduction = None if options.reduction == "none" else options.reduction
         model, seconds = _timed(lambda: factor_model(reduction, options.nonlinearity))
-        model = replace(
-            model, kept=survivors.kept.cpu(), settings={**model.settings, "threshold": survivors.rule}
-        )
+        told = {
+            "neurons": list(recorded.neurons),
+            "source": None if options.features is not None else options.source.stored(),
+            "example": options.example,
+            "seed": options.seed,
+        }
+        settings = {**model.settings, "threshold": survivors.rule, "fit": told}
+        model = replace(model, kept=survivors.kept.cpu(), settings=settings)
         scores = model.scores(maps)
         predictions = model.output(scores).double().cpu().numpy()
         methods = [_method("factors", _label(options), predictions[held], held_responses, shared + seconds)]

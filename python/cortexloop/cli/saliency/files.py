@@ -30,7 +30,7 @@ def write_files(findings: SaliencyFindings, folder: Path) -> None:
                 name = f"{file_stem(i, neuron.name, query.name, reference.name)}.png"
                 parts = [query.pixels, overlay(query.pixels, pair.query)]
                 parts += [overlay(reference.pixels, reference.map), reference.pixels]
-                _save(pictures / name, np.concatenate(_same_height(parts), axis=1))
+                _save(pictures / name, np.concatenate(parts, axis=1))
     compared = [(n.name, q, p) for n in findings.neurons for q in n.comparisons for p in q.pairs]
     if compared:
         arrays = {

@@ -70,7 +70,6 @@ class SaliencyFindings:
     Attributes:
         label: the method in words.
         texts: (heading, sentence) of the method section.
-        signed: whether maps have a meaningful sign.
         textbook: whether the neurons are the built-in ones.
     """
 
@@ -81,7 +80,6 @@ class SaliencyFindings:
     gallery: int | None
     neurons: tuple[NeuronMaps, ...]
     texts: tuple[tuple[str, str], ...]
-    signed: bool
     textbook: bool
     notes: tuple[str, ...]
     skipped: tuple[Excluded, ...]

@@ -1,32 +1,31 @@
-"""The images that maps are made of: each model's preferred ones, or all."""
+"""The images that maps are made of: each neuron's preferred ones, or all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import cortexloop as cl
 from cortexloop import screening, textbook
 from cortexloop.cli.console import BadInputError, progress
 from cortexloop.cli.fitting.data import Pictures, open_images
 from cortexloop.cli.saliency.options import SaliencyOptions
 
 PROCEDURAL = 240
-BATCH = 64
-MOST_MAPS = 20_000
-"""More would fill a disk with pictures that nobody looks at."""
+MOST_MAPS = 5000
+"""More would fill memory and a disk with pictures that nobody looks at."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Pairs of an image and a model.
+    """Pairs of an image and a neuron.
 
     Attributes:
         pixels: uint8 [n, H, W, 3]; `names` of them.
-        positions: [k, N] row of `pixels` of each model's images; -1 for none.
+        positions: [k, N] row of `pixels` of each neuron's images; -1 for none.
         responses: [k, N].
         seen: how many images there were to choose from.
     """
@@ -38,54 +37,52 @@ class Chosen:
     seen: int
 
 
-def choose_images(options: SaliencyOptions, bank: cl.ModelBank) -> tuple[Chosen, Pictures]:
-    """The images of every model.
+def choose_images(
+    options: SaliencyOptions,
+    neurons: Sequence[str],
+    size: tuple[int, int],
+    respond: Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]],
+) -> tuple[Chosen, Pictures]:
+    """The images of every neuron.
+
+    Args:
+        size: of the images.
+        respond: images [b, H, W, 3] -> responses [b, N].
 
     Raises:
         BadInputError: images that cannot be used, or more maps than anyone could want.
     """
-    pictures = _pictures(options, bank)
+    pictures = open_or_draw(options, size)
     names: list[str] = []
-    keep = options.top
-    if options.every_image:
-        keep = len(pictures.names)
-        if keep * len(bank) > MOST_MAPS:
-            raise BadInputError(
-                f"--every-image asks for {keep:,} images x {len(bank):,} neurons = {keep * len(bank):,} maps: at most "
-                f"{MOST_MAPS:,} are made; choose --neurons or fewer images"
-            )
-    best = screening.TopK(len(bank), keep)
-    blocks = []
+    keep = len(pictures.names) if options.every_image else options.top
+    maps = keep * len(neurons) * (1 if options.model is None else 2 * options.references)
+    if maps > MOST_MAPS:
+        raise BadInputError(
+            f"{keep:,} images for each of {len(neurons):,} neurons would make {maps:,} maps, at most {MOST_MAPS:,} are made: "
+            "choose --neurons, or fewer images"
+        )
+    best = screening.TopK(len(neurons), keep)
     with progress("scoring images", len(pictures.names), quiet=options.json) as bar:
-        for batch, pixels in pictures.batches(BATCH):
-            block = cl.responses(pixels, bank)
-            best.add(block)
+        for batch, pixels in pictures.batches(options.source.batch):
+            best.add(respond(pixels))
             names += batch
-            if options.every_image:
-                blocks.append(block)
             bar.advance(len(batch))
-    if options.every_image:
-        responses = np.concatenate(blocks)
-        positions = np.repeat(np.arange(len(names))[:, None], len(bank), axis=1)
-    else:
-        found = best.result()
-        responses, positions = found.responses, found.positions
-    used = sorted(set(positions[positions >= 0].tolist()))
+    found = best.result()
+    used = sorted(set(found.positions[found.positions >= 0].tolist()))
     pixels_of = pictures.pick([names[i] for i in used])
-    rows = np.full(len(names) + 1, -1)
+    rows = np.full(len(names) + 1, -1)  # the last entry is where position -1 leads
     rows[used] = np.arange(len(used))
     stacked = np.stack([pixels_of[names[i]] for i in used])
-    return Chosen(tuple(names[i] for i in used), stacked, rows[positions], responses, len(names)), pictures
+    return Chosen(tuple(names[i] for i in used), stacked, rows[found.positions], found.responses, len(names)), pictures
 
 
-def _pictures(options: SaliencyOptions, bank: cl.ModelBank) -> Pictures:
+def open_or_draw(options: SaliencyOptions, size: tuple[int, int]) -> Pictures:
+    """The images given, or procedural ones. Raises BadInputError."""
     if options.images is not None:
-        return open_images(
-            options.images, (bank.height, bank.width), resize=options.resize, skip_bad=options.skip_bad
-        )
-    if (bank.height, bank.width) != (textbook.SIZE, textbook.SIZE):
+        return open_images(options.images, size, resize=options.resize, skip_bad=options.skip_bad)
+    if size != (textbook.SIZE, textbook.SIZE):
         raise BadInputError(
             f"procedural images are {textbook.SIZE} x {textbook.SIZE} pixels, "
-            f"these models take {bank.height} x {bank.width}: give --images"
+            f"these models take {size[0]} x {size[1]}: give --images"
         )
     return Pictures(textbook.procedural_images(PROCEDURAL, options.seed))

@@ -36,7 +36,6 @@ def render(findings: SaliencyFindings) -> str:
         "n_maps": sum(len(n.explained) + 2 * sum(len(c.pairs) for c in n.comparisons) for n in findings.neurons),
         "gallery": findings.gallery,
         "notes": findings.notes,
-        "signed": findings.signed,
         "cards": [_card(findings, neuron) for neuron in findings.neurons[: options.show]],
         "skipped": findings.skipped,
         "texts": findings.texts,
