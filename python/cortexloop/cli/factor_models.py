@@ -66,7 +66,9 @@ def fit(
     std: Std = None,
     features: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--features", help="Feature maps computed before, .npy or .npz [images, channels, height, width]."),
+        typer.Option(
+            "--features", help="Feature maps computed before, .npy or .npz [images, channels, height, width]."
+        ),
     ] = None,
     neurons: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -118,7 +120,9 @@ def fit(
     show: Annotated[int, typer.Option("--show", help="How many neurons get a card in the report.")] = 12,
     resize: Resize = False,
     skip_bad: SkipBad = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path("cortexloop-fit"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path(
+        "cortexloop-fit"
+    ),
     overwrite: Overwrite = False,
     batch: Batch = 64,
     device: Device = "auto",
@@ -165,8 +169,11 @@ def fit(
 def saliency(
     models: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--models", help="Models to explain; nine built-in textbook neurons if not given. With --model: "
-                     "the compact models that the features come from, if not as recorded."),
+        typer.Option(
+            "--models",
+            help="Models to explain; nine built-in textbook neurons if not given. With --model: "
+            "the compact models that the features come from, if not as recorded.",
+        ),
     ] = None,
     images: Annotated[
         Optional[Path],  # noqa: UP045
@@ -180,9 +187,7 @@ def saliency(
         str,
         typer.Option("--method", help="gradient, input-x-gradient, smoothgrad, integrated-gradients or occlusion."),
     ] = "gradient",
-    top: Annotated[
-        int, typer.Option("--top", help="Preferred images per neuron.")
-    ] = 4,
+    top: Annotated[int, typer.Option("--top", help="Preferred images per neuron.")] = 6,
     every_image: Annotated[
         bool, typer.Option("--every-image", help="Maps of all images for every neuron, instead of preferred ones.")
     ] = False,
@@ -193,19 +198,25 @@ def saliency(
     steps: Annotated[int, typer.Option("--steps", help="Points on the path of integrated gradients.")] = 32,
     baseline: Annotated[
         str,
-        typer.Option("--baseline", help="Where paths and inputs start: zero (what the network sees as 0), blur or a level."),
+        typer.Option(
+            "--baseline", help="Where paths and inputs start: zero (what the network sees as 0), blur or a level."
+        ),
     ] = "zero",
     radius: Annotated[float, typer.Option("--radius", help="Of the patches that occlude, in pixels.")] = 8.0,
     stride: Annotated[int, typer.Option("--stride", help="Pixels between their places.")] = 4,
     fill: Annotated[str, typer.Option("--fill", help="What takes their place: smooth, zero or a level.")] = "smooth",
-    blur: Annotated[float, typer.Option("--blur", help="Standard deviation in pixels of a blur of the maps.")] = 1.0,
+    blur: Annotated[float, typer.Option("--blur", help="Standard deviation in pixels of a blur of the maps.")] = 1.5,
     model: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--model", help="Fitted factor model (model.safetensors of `cortexloop fit`): parallel backpropagation."),
+        typer.Option(
+            "--model", help="Fitted factor model (model.safetensors of `cortexloop fit`): parallel backpropagation."
+        ),
     ] = None,
     gallery: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--gallery", help="Reference images, among which the most similar ones are found for every image."),
+        typer.Option(
+            "--gallery", help="Reference images, among which the most similar ones are found for every image."
+        ),
     ] = None,
     references: Annotated[int, typer.Option("--references", help="Of the gallery, for every image and neuron.")] = 2,
     cotangent: Annotated[
@@ -229,7 +240,9 @@ def saliency(
     show: Annotated[int, typer.Option("--show", help="How many neurons get a card in the report.")] = 24,
     resize: Resize = False,
     skip_bad: SkipBad = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path("cortexloop-saliency"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and files; made if missing.")] = Path(
+        "cortexloop-saliency"
+    ),
     overwrite: Overwrite = False,
     batch: Batch = 64,
     device: Device = "auto",

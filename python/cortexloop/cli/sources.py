@@ -249,7 +249,9 @@ def _torchvision(name: str, options: SourceOptions) -> Made:
     package = _package("torchvision.models")
     known = list(package.list_models(module=package))
     if name not in known:
-        raise BadInputError(f"--network torchvision:{name}: there is no such network; similar are {closest(name, known)}")
+        raise BadInputError(
+            f"--network torchvision:{name}: there is no such network; similar are {closest(name, known)}"
+        )
     weights = "DEFAULT" if options.weights == PRETRAINED else None
     module = _made(lambda: package.get_model(name, weights=weights), options)
     return module, (224, 224), features.preprocess.IMAGENET_MEAN, features.preprocess.IMAGENET_STD
@@ -298,7 +300,9 @@ def _from_file(path: Path, function: str) -> nn.Module:
     try:
         spec.loader.exec_module(space)
     except Exception as error:
-        raise BadInputError(f"--network: {str(path)!r} cannot be run: {type(error).__name__}: {sentence(error)}") from error
+        raise BadInputError(
+            f"--network: {str(path)!r} cannot be run: {type(error).__name__}: {sentence(error)}"
+        ) from error
     maker = getattr(space, function, None)
     if not callable(maker):
         there = [name for name, value in vars(space).items() if callable(value) and not name.startswith("_")]
@@ -308,7 +312,9 @@ def _from_file(path: Path, function: str) -> nn.Module:
     try:
         module = maker()
     except Exception as error:
-        raise BadInputError(f"--network: {function}() of {str(path)!r} fails: {type(error).__name__}: {sentence(error)}") from error
+        raise BadInputError(
+            f"--network: {function}() of {str(path)!r} fails: {type(error).__name__}: {sentence(error)}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise BadInputError(
             f"--network: {function}() of {str(path)!r} gives a {type(module).__name__}, expected a torch.nn.Module"

@@ -180,7 +180,9 @@ def _shown(fields: Tensor, size: tuple[int, int] | None) -> list[FieldShown]:
     height, width = fields.shape[1:]
     gaussians = fit_gaussians(fields) if min(height, width) >= 3 else None
     return [
-        FieldShown(field.double().numpy(), None if gaussians is None else _ellipse(gaussians, i, size or (height, width)))
+        FieldShown(
+            field.double().numpy(), None if gaussians is None else _ellipse(gaussians, i, size or (height, width))
+        )
         for i, field in enumerate(fields)
     ]
 

@@ -163,13 +163,18 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
     responses = found.responses
     missing = np.isnan(responses)
     silent = missing.all(axis=0)
-    excluded = [Excluded(name, "no response is recorded (all NaN)") for name, no in zip(found.neurons, silent, strict=True) if no]
+    excluded = [
+        Excluded(name, "no response is recorded (all NaN)")
+        for name, no in zip(found.neurons, silent, strict=True)
+        if no
+    ]
     if silent.all():
         raise BadInputError(f"nothing was recorded of the {len(found.neurons)} chosen neurons: all responses are NaN")
     lost = missing[:, ~silent].any(axis=1) if policy == "images" else missing[:, ~silent].all(axis=1)
     dropped = [
         Excluded(name, f"{int(gone.sum())} of {gone.size} responses are missing (NaN)")
-        for name, gone, no in zip(found.names, missing[:, ~silent], lost, strict=True) if no
+        for name, gone, no in zip(found.names, missing[:, ~silent], lost, strict=True)
+        if no
     ]
     kept = ~lost
     good = []
@@ -179,7 +184,12 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
         values = responses[kept, n]
         gone = int(np.isnan(values).sum())
         if gone:
-            excluded.append(Excluded(name, f"{gone:,} of {len(values):,} responses are missing (NaN); --missing images leaves out images instead"))
+            excluded.append(
+                Excluded(
+                    name,
+                    f"{gone:,} of {len(values):,} responses are missing (NaN); --missing images leaves out images instead",
+                )
+            )
         elif len(values) and np.ptp(values) == 0:
             excluded.append(Excluded(name, f"its responses are constant ({values[0]:g})"))
         else:
@@ -233,7 +243,8 @@ def without_constant(found: Recorded, fit: NDArray[np.int64]) -> Recorded:
         return found
     constant = [
         Excluded(name, "its responses to the images to fit on are constant")
-        for name, ok in zip(found.neurons, good, strict=True) if not ok
+        for name, ok in zip(found.neurons, good, strict=True)
+        if not ok
     ]
     if not good.any():
         raise BadInputError(f"no neuron can be fitted: {constant[0].reason}")

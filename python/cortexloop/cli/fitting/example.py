@@ -84,7 +84,11 @@ def _filters() -> tuple[NDArray[np.float64], tuple[str, ...]]:
         kernel = kernel - kernel.mean()
         kernel /= np.abs(kernel).sum() / 2
         both += [kernel, -kernel]
-        named += [f"{name}, light", f"{name}, dark"] if "edge" not in name else [f"{name} \N{UPWARDS ARROW}", f"{name} \N{DOWNWARDS ARROW}"]
+        named += (
+            [f"{name}, light", f"{name}, dark"]
+            if "edge" not in name
+            else [f"{name} \N{UPWARDS ARROW}", f"{name} \N{DOWNWARDS ARROW}"]
+        )
     return np.stack(both), tuple(named)
 
 

@@ -82,7 +82,9 @@ def fit(
     held_responses = recorded.responses[held]
     with progress("fitting", 4 + len(baselines), quiet=options.json) as bar, bad_input():
         begin = time.perf_counter()
-        moments = _moments(maps, responses, train, PERMUTATIONS if kind in ("permutation", "familywise") else 0, options)
+        moments = _moments(
+            maps, responses, train, PERMUTATIONS if kind in ("permutation", "familywise") else 0, options
+        )
         survivors: Thresholded = threshold(moments, kind, level=level)  # type: ignore[arg-type]
         bar.advance()
         factors = factorize(
@@ -176,7 +178,9 @@ def _label(options: FitOptions) -> str:
     return f"{options.rank} factor{plural}" + ("" if options.reduction == "none" else f", {options.regressor}")
 
 
-def _texts(options: FitOptions, survivors: Thresholded, model: FactorModel, described: dict[str, str]) -> dict[str, Any]:
+def _texts(
+    options: FitOptions, survivors: Thresholded, model: FactorModel, described: dict[str, str]
+) -> dict[str, Any]:
     regression = "The sum of the factors' scores predicts the response"
     if options.reduction != "none":
         regression = (
@@ -216,6 +220,4 @@ def for_cards(outcome: Outcome, shown: Sequence[int], values: Maps) -> Fitted:
     grid = low + (high - low) * np.linspace(0, 1, 60)[:, None]
     answers = model.output(torch.from_numpy(grid).to(model.gain.device)).double().cpu().numpy()
     curves = [(grid[:, n], answers[:, n]) for n in range(len(model))]
-    return Fitted(
-        model.factors, values.values, outcome.scores, outcome.predictions, curves, curve_of, values.average
-    )
+    return Fitted(model.factors, values.values, outcome.scores, outcome.predictions, curves, curve_of, values.average)

@@ -38,7 +38,9 @@ def summary(findings: FitFindings, report: str) -> dict[str, Any]:
 
 def _neuron(findings: FitFindings, n: int) -> dict[str, Any]:
     found: dict[str, Any] = {"name": findings.recorded.neurons[n]}
-    found["r"], found["r2"], found["fev"] = (float(v[n]) for v in (findings.model.r, findings.model.r2, findings.model.fev))
+    found["r"], found["r2"], found["fev"] = (
+        float(v[n]) for v in (findings.model.r, findings.model.r2, findings.model.fev)
+    )
     if findings.ceiling is not None:
         found["ceiling"] = float(findings.ceiling[n])
     found["explained"], found["kept"] = float(findings.explained[n]), float(findings.kept[n])
@@ -72,14 +74,21 @@ def summarise(findings: FitFindings) -> None:
         title_justify="left",
     )  # fmt: skip
     ceiling = findings.ceiling
-    headings = ["r", *(["ceiling"] if ceiling is not None else []), "R2", *(f"r, {m.name}" for m in findings.methods[1:])]
+    headings = [
+        "r",
+        *(["ceiling"] if ceiling is not None else []),
+        "R2",
+        *(f"r, {m.name}" for m in findings.methods[1:]),
+    ]
     for heading in (*headings, "explained", "kept"):
         table.add_column(heading, justify="right")
     order = np.argsort(-np.nan_to_num(model.r, nan=-2), kind="stable")
     for n in order[:ROWS]:
         values = [model.r[n], *([ceiling[n]] if ceiling is not None else []), model.r2[n]]
         values += [method.r[n] for method in findings.methods[1:]]
-        table.add_row(escape(recorded.neurons[n]), *(number(float(v)) for v in (*values, findings.explained[n], findings.kept[n])))
+        table.add_row(
+            escape(recorded.neurons[n]), *(number(float(v)) for v in (*values, findings.explained[n], findings.kept[n]))
+        )
     console = stdout()
     console.print(table)
     if len(order) > ROWS:

@@ -41,11 +41,11 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         ),
     ]
     if findings.ceiling is not None:
-        text = "the correlation that a perfect model could reach with responses averaged over this many repeats, from the "
+        text = (
+            "the correlation that a perfect model could reach with responses averaged over this many repeats, from the "
+        )
         found.append(("Ceiling", text + "agreement of resampled repeats (cortexloop.metrics.noise_ceiling)."))
-    fields = (
-        "the first follows from the factors alone, the sum of |vector| times mask over factors, without any image"
-    )
+    fields = "the first follows from the factors alone, the sum of |vector| times mask over factors, without any image"
     if any(card.gradient is not None for card in findings.cards):
         fields += (
             f"; the second is the mean size of the gradient of the linear score in pixels over {NOISE_IMAGES} images of "

@@ -120,5 +120,6 @@ def _summarise(findings: SaliencyFindings) -> None:
     if len(findings.neurons) > 24:
         console.print(f"... and {len(findings.neurons) - 24} more neurons")
     console.print(
-        f"report: [bold]{escape(report)}[/] ({findings.record['seconds']:.0f} s); maps as numbers: maps.npz", soft_wrap=True
+        f"report: [bold]{escape(report)}[/] ({findings.record['seconds']:.0f} s); maps as numbers: maps.npz",
+        soft_wrap=True,
     )

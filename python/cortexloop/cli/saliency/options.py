@@ -33,7 +33,7 @@ class SaliencyOptions:
     images: Path | None = None
     neurons: tuple[str, ...] = ()
     method: str = "gradient"
-    top: int = 4
+    top: int = 6
     every_image: bool = False
     samples: int = 16
     noise: float = 0.15
@@ -42,7 +42,7 @@ class SaliencyOptions:
     radius: float = 8.0
     stride: int = 4
     fill: str = "smooth"
-    blur: float = 1.0
+    blur: float = 1.5
     model: Path | None = None
     gallery: Path | None = None
     references: int = 2

@@ -104,9 +104,7 @@ def open_readout(options: SaliencyOptions) -> Readout:
     kept = [names.index(name) for name in wanted if names.index(name) not in out]
     if not kept:
         raise BadInputError(f"none of the {len(wanted)} chosen neurons could be fitted: there is nothing to explain")
-    return Readout(
-        model, opened, kept, [names[i] for i in kept], bool(told.get("example")), int(told.get("seed", 0))
-    )
+    return Readout(model, opened, kept, [names[i] for i in kept], bool(told.get("example")), int(told.get("seed", 0)))
 
 
 def _predicted(readout: Readout, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -135,7 +133,11 @@ def _references(
     """
     names: list[str] = []
     exclude = None
-    if options.gallery is not None and options.images is not None and options.gallery.resolve() == options.images.resolve():
+    if (
+        options.gallery is not None
+        and options.images is not None
+        and options.gallery.resolve() == options.images.resolve()
+    ):
         place = {name: i for i, name in enumerate(_usable(options, gallery))}
         exclude = torch.tensor([place.get(name, -1) for name in chosen.names])
     with progress("finding references", len(gallery.names), quiet=options.json) as bar:
@@ -222,7 +224,9 @@ def _texts(options: SaliencyOptions, readout: Readout) -> tuple[tuple[str, str],
         "integrated-gradients": "back to the pixels of either image along the straight line from the baseline "
         f"({options.baseline}), {options.steps} points, with what is shared held fixed",
     }[options.method]
-    gallery = "the collages that the example was fitted on" if options.gallery is None else f"from {str(options.gallery)!r}"
+    gallery = (
+        "the collages that the example was fitted on" if options.gallery is None else f"from {str(options.gallery)!r}"
+    )
     images = "procedural" if options.images is None else f"from {str(options.images)!r}"
     return (
         ("A reconstruction", RECONSTRUCTION + "."),
