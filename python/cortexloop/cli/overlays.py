@@ -92,7 +92,7 @@ def frame(
     if ellipse is not None:
         x, y, a, b, angle = ellipse
         parts.append(
-            f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><ellipse cx="{x:.2f}" cy="{y:.2f}" rx="{a:.2f}" '
-            f'ry="{b:.2f}" transform="rotate({angle:.1f} {x:.2f} {y:.2f})"/></svg>'
+            f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none"><ellipse cx="{x:.2f}" cy="{y:.2f}" '
+            f'rx="{a:.2f}" ry="{b:.2f}" transform="rotate({angle:.1f} {x:.2f} {y:.2f})"/></svg>'
         )
     return Markup("".join([*parts, "</div>"]))

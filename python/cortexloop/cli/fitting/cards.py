@@ -129,7 +129,7 @@ def make_cards(
 def _parts(
     factors: Factors, neuron: int, maps: Tensor, opened: OpenSource | None
 ) -> list[tuple[list[str], list[float], list[int]]]:
-    """Of each factor with content: names, weights (of a vector of unit length) and best images of its strongest channels."""
+    """Of each factor with content, its strongest channels: names, weights (of a unit vector), positions of best images."""
     found = []
     names = None if opened is None else opened.channels
     for f in range(factors.rank):

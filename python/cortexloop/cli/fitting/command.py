@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 import cortexloop as cl
 from cortexloop.cli import machine
-from cortexloop.cli.console import BadInputError, bad_input, progress
+from cortexloop.cli.console import BadInputError, progress
 from cortexloop.cli.evolution.run import torch_threads
 from cortexloop.cli.evolution.store import plain
 from cortexloop.cli.fitting import data, maps, model
@@ -165,7 +164,8 @@ def _precomputed(options: FitOptions) -> Inputs:
         names = pictures.names
         if len(names) != len(array):
             raise BadInputError(
-                f"--features has {len(array):,} rows and --images {len(names):,} images: they should be as many, in the "
+                f"--features has {len(array):,} rows and --images {len(names):,} images: they should be as many, in "
+                f"the "
                 "same order"
             )
     recorded = data.load_recorded(options, names, len(array))

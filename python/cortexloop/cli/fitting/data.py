@@ -161,8 +161,8 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
         BadInputError: nothing remains.
     """
     responses = found.responses
-    missing = np.isnan(responses)
-    silent = missing.all(axis=0)
+    missing: NDArray[np.bool_] = np.isnan(responses)
+    silent: NDArray[np.bool_] = np.asarray(missing.all(axis=0))
     excluded = [
         Excluded(name, "no response is recorded (all NaN)")
         for name, no in zip(found.neurons, silent, strict=True)
@@ -170,10 +170,11 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
     ]
     if silent.all():
         raise BadInputError(f"nothing was recorded of the {len(found.neurons)} chosen neurons: all responses are NaN")
-    lost = missing[:, ~silent].any(axis=1) if policy == "images" else missing[:, ~silent].all(axis=1)
+    gaps = missing[:, ~silent]
+    lost: NDArray[np.bool_] = np.asarray(gaps.any(axis=1) if policy == "images" else gaps.all(axis=1))
     dropped = [
         Excluded(name, f"{int(gone.sum())} of {gone.size} responses are missing (NaN)")
-        for name, gone, no in zip(found.names, missing[:, ~silent], lost, strict=True)
+        for name, gone, no in zip(found.names, gaps, lost, strict=True)
         if no
     ]
     kept = ~lost
@@ -187,7 +188,8 @@ def settle_missing(found: Recorded, policy: str) -> tuple[Recorded, NDArray[np.b
             excluded.append(
                 Excluded(
                     name,
-                    f"{gone:,} of {len(values):,} responses are missing (NaN); --missing images leaves out images instead",
+                    f"{gone:,} of {len(values):,} responses are missing (NaN); --missing images leaves out images "
+                    f"instead",
                 )
             )
         elif len(values) and np.ptp(values) == 0:

@@ -92,7 +92,8 @@ def read(path: Path) -> NDArray[np.generic]:
             f"{where} should hold floating maps [images, channels, height, width] (or [images, features]), got "
             f"{array.dtype} {list(array.shape)}"
         )
-    return array
+    found: NDArray[np.generic] = array
+    return found
 
 
 def take(array: NDArray[np.generic], rows: NDArray[np.int64], device: torch.device, where: Path) -> Maps:

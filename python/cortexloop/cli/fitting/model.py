@@ -199,7 +199,8 @@ def _texts(
 
 _REDUCTIONS = {
     "mask": "what each of its masks sees: the map summed under the mask, for every channel",
-    "vector": "where each of its vectors is found: the map summed over channels with the vector's weights, for every place",
+    "vector": "where each of its vectors is found: the map summed over channels with the vector's weights, for every "
+    "place",
     "factor": "one number per factor",
 }
 

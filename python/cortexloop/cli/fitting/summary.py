@@ -70,7 +70,8 @@ def summarise(findings: FitFindings) -> None:
             stderr().print(f"... and {len(entries) - ROWS} more {kind}s, listed in run.json", soft_wrap=True)
     n_held = len(findings.held)
     table = Table(
-        "neuron", title=f"{len(recorded.neurons)} neurons, {len(recorded.names) - n_held:,} images to fit on, {n_held:,} held out",
+        "neuron", title=f"{len(recorded.neurons)} neurons, {len(recorded.names) - n_held:,} images to fit on, "
+        f"{n_held:,} held out",
         title_justify="left",
     )  # fmt: skip
     ceiling = findings.ceiling

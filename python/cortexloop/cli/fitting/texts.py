@@ -7,7 +7,8 @@ from cortexloop.cli.fitting.example import IMAGES, NOISE, REPEATS, SATURATION
 from cortexloop.cli.fitting.findings import FitFindings
 
 _METHODS = {
-    "posneg-nmf": "non-negative matrix factorization of its positive and negative parts, stacked along channels (Wang and "
+    "posneg-nmf": "non-negative matrix factorization of its positive and negative parts, stacked along channels "
+    "(Wang and "
     "Ponce); masks are non-negative, vectors signed",
     "semi-nmf": "semi-NMF (Ding, Li and Jordan 2010); masks are non-negative, vectors free",
     "svd": "truncated singular value decomposition, the best approximation of this rank; masks may have either sign",
@@ -26,17 +27,22 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         ),
         (
             "Factorization",
-            "Over the images to fit on, the covariance of every feature with the z-scored response is taken in one pass; "
-            f"{findings.record['threshold']}. A border of {options.border} place{'' if options.border == 1 else 's'} is "
+            "Over the images to fit on, the covariance of every feature with the z-scored response is taken in one "
+            "pass; "
+            f"{findings.record['threshold']}. A border of {options.border} place{'' if options.border == 1 else 's'} "
+            f"is "
             f"left out at each side. What is left becomes {options.rank} outer "
-            f"product{'' if options.rank == 1 else 's'} of a mask and a vector by {_METHODS[options.method]}. Explained is "
-            "1 \N{MINUS SIGN} |M \N{MINUS SIGN} M\N{PRIME}|\N{SUPERSCRIPT TWO} / |M|\N{SUPERSCRIPT TWO} of that tensor, "
+            f"product{'' if options.rank == 1 else 's'} of a mask and a vector by {_METHODS[options.method]}. "
+            f"Explained is "
+            "1 \N{MINUS SIGN} |M \N{MINUS SIGN} M\N{PRIME}|\N{SUPERSCRIPT TWO} / |M|\N{SUPERSCRIPT TWO} of that "
+            "tensor, "
             "kept the fraction of features whose covariance passed the threshold.",
         ),
         ("Prediction", str(findings.record["regression"])),
         (
             "Scores",
-            "Nothing of the held-out images enters a fit. r is Pearson's correlation, R\N{SUPERSCRIPT TWO} the coefficient "
+            "Nothing of the held-out images enters a fit. r is Pearson's correlation, R\N{SUPERSCRIPT TWO} the "
+            "coefficient "
             "of determination, FEV 1 \N{MINUS SIGN} var(y \N{MINUS SIGN} y\N{PRIME}) / var(y).",
         ),
     ]
@@ -48,7 +54,8 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
     fields = "the first follows from the factors alone, the sum of |vector| times mask over factors, without any image"
     if any(card.gradient is not None for card in findings.cards):
         fields += (
-            f"; the second is the mean size of the gradient of the linear score in pixels over {NOISE_IMAGES} images of "
+            f"; the second is the mean size of the gradient of the linear score in pixels over {NOISE_IMAGES} images "
+            f"of "
             "uniform noise, back-projected through the network"
         )
     fields += f". Outlines are where a Gaussian fitted to the map falls to {LEVEL:g} of its height."
@@ -59,8 +66,10 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         found.append(("Compared with", "; ".join(f"{method.label}: {told[method.name]}" for method in others) + "."))
     if options.example:
         text = (
-            f"responses of the textbook neurons to {IMAGES} collages of pieces of procedural images (seed {options.seed}), "
-            f"z-scored and levelling off at {SATURATION:g} standard deviations, {REPEATS} repeats each with Gaussian noise "
+            f"responses of the textbook neurons to {IMAGES} collages of pieces of procedural images (seed "
+            f"{options.seed}), "
+            f"z-scored and levelling off at {SATURATION:g} standard deviations, {REPEATS} repeats each with Gaussian "
+            f"noise "
             f"of {NOISE:g}. The network that explains them is a bank of fixed Gabor and centre-surround filters; the "
             "neurons are built of others. Arrows say which side of an edge is lighter."
         )

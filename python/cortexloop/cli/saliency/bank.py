@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 import cortexloop as cl
 from cortexloop import attribution, textbook
 from cortexloop.cli.console import bad_input, progress
@@ -97,9 +95,11 @@ def _texts(options: SaliencyOptions, bank: cl.ModelBank) -> tuple[tuple[str, str
     )
     sums = "summed over the three colours"
     what = {
-        "gradient": f"The derivative of the response with respect to every pixel, {sums} (Simonyan and others 2013): warm "
+        "gradient": f"The derivative of the response with respect to every pixel, {sums} (Simonyan and others 2013): "
+        f"warm "
         "where the response rises when the pixel gets lighter, cool where it falls.",
-        "input-x-gradient": f"The difference of the image from {start}, times the gradient, {sums} (Shrikumar and others "
+        "input-x-gradient": f"The difference of the image from {start}, times the gradient, {sums} (Shrikumar and "
+        f"others "
         "2016): warm where it adds to the response to first order.",
         "smoothgrad": f"The gradient averaged over {options.samples} copies of the image with Gaussian noise of "
         f"{100 * options.noise:g} % of the range of levels (seed {options.seed}), {sums} (Smilkov and others 2017).",
@@ -112,7 +112,7 @@ def _texts(options: SaliencyOptions, bank: cl.ModelBank) -> tuple[tuple[str, str
     found = [("Maps", what)]
     if options.blur and options.method != "occlusion":
         found.append(("Blur", f"Maps were blurred with a Gaussian of {options.blur:g} pixels."))
-    images = "procedural (seed {})".format(options.seed) if options.images is None else f"from {str(options.images)!r}"
+    images = f"procedural (seed {options.seed})" if options.images is None else f"from {str(options.images)!r}"
     found.append(
         ("Images", f"RGB, {bank.height} x {bank.width} pixels, {images}; responses are in the models' own units.")
     )

@@ -113,8 +113,8 @@ def _summarise(findings: SaliencyFindings) -> None:
             more = [escape(best.reference.name), f"{best.similarity:.3g}"]
             table.add_row(escape(neuron.name), escape(first.name), f"{first.response:.2f}", *more)
         elif neuron.explained:
-            one = neuron.explained[0]
-            table.add_row(escape(neuron.name), escape(one.name), f"{one.response:.2f}")
+            top = neuron.explained[0]
+            table.add_row(escape(neuron.name), escape(top.name), f"{top.response:.2f}")
     console = stdout()
     console.print(table)
     if len(findings.neurons) > 24:

@@ -1,4 +1,4 @@
-"""Parallel backpropagation: what images share, for neurons of a factor model, with the most similar reference images."""
+"""Parallel backpropagation: what images share, for neurons of a factor model, with the most similar of a gallery."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cortexloop.cli.inputs import choose
 from cortexloop.cli.saliency.findings import Comparison, Explained, NeuronMaps, Pair, SaliencyFindings
 from cortexloop.cli.saliency.options import METHODS, SaliencyOptions, level_of
 from cortexloop.cli.saliency.preferred import Chosen, choose_images
-from cortexloop.cli.sources import OpenSource, SourceOptions, open_source, restored
+from cortexloop.cli.sources import OpenSource, open_source, restored
 from cortexloop.factor import FactorModel
 
 RECONSTRUCTION = (
@@ -232,18 +232,22 @@ def _texts(options: SaliencyOptions, readout: Readout) -> tuple[tuple[str, str],
         ("A reconstruction", RECONSTRUCTION + "."),
         (
             "References",
-            f"For each neuron and image, the reference images with the largest similarity: {_SIMILARITIES[options.similarity]} "
-            f"(--similarity {options.similarity}); weights are those of the readout of the fitted model in feature space.",
+            f"For each neuron and image, the reference images with the largest similarity: "
+            f"{_SIMILARITIES[options.similarity]} "
+            f"(--similarity {options.similarity}); weights are those of the readout of the fitted model in feature "
+            f"space.",
         ),
         (
             "Maps",
-            f"What a pair shares is, feature by feature, {_COTANGENTS[options.cotangent]} (--cotangent {options.cotangent}). It "
+            f"What a pair shares is, feature by feature, {_COTANGENTS[options.cotangent]} (--cotangent "
+            f"{options.cotangent}). It "
             f"is sent {way} (--method {options.method}), summed over colours"
             + (f" and blurred with a Gaussian of {options.blur:g} pixels." if options.blur else "."),
         ),
         (
             "Model",
-            f"{str(options.model)!r}: {len(readout.model)} neurons on {readout.opened.source.name}, {c} x {h} x {w}. Responses "
+            f"{str(options.model)!r}: {len(readout.model)} neurons on {readout.opened.source.name}, {c} x {h} x {w}. "
+            f"Responses "
             "are predictions of that model.",
         ),
         ("Images", f"{images}; reference images: {gallery}."),

@@ -58,7 +58,8 @@ def choose_images(
     maps = keep * len(neurons) * (1 if options.model is None else 2 * options.references)
     if maps > MOST_MAPS:
         raise BadInputError(
-            f"{keep:,} images for each of {len(neurons):,} neurons would make {maps:,} maps, at most {MOST_MAPS:,} are made: "
+            f"{keep:,} images for each of {len(neurons):,} neurons would make {maps:,} maps, at most {MOST_MAPS:,} "
+            f"are made: "
             "choose --neurons, or fewer images"
         )
     best = screening.TopK(len(neurons), keep)
