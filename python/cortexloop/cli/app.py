@@ -10,7 +10,14 @@ from typing import Annotated, Any, Optional
 import typer
 
 from cortexloop._native import SettingError
-from cortexloop.cli.console import BadInputError, complain, stdout, warnings_in_one_line
+from cortexloop.cli.console import (
+    BadInputError,
+    InterruptedCommandError,
+    complain,
+    stdout,
+    telling_interruptions,
+    warnings_in_one_line,
+)
 from cortexloop.cli.factor_models import fit, saliency
 from cortexloop.cli.parameters import Backend, Images, Json, Models, Neurons, Precision, Resize, SkipBad, Threads
 
@@ -44,6 +51,7 @@ def start(
 
 
 @app.command()
+@telling_interruptions()
 def demo(
     models: Annotated[
         Optional[Path],  # noqa: UP045
@@ -112,6 +120,7 @@ def demo(
 
 
 @app.command()
+@telling_interruptions()
 def respond(
     models: Models,
     images: Images,
@@ -159,6 +168,7 @@ def respond(
 
 
 @app.command()
+@telling_interruptions()
 def evolve(
     context: typer.Context,
     models: Annotated[
@@ -317,6 +327,7 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
+@telling_interruptions()
 def bench(
     models: Annotated[
         Optional[Path],  # noqa: UP045
@@ -350,7 +361,7 @@ def run(arguments: Sequence[str]) -> int:
         except _UsageError as error:
             complain(f"{error.format_message()} (see cortexloop --help)")
             return 2
-        except (KeyboardInterrupt, typer.Abort):
+        except (InterruptedCommandError, KeyboardInterrupt, typer.Abort):
             complain("interrupted; nothing was written")
             return 130
     return code if isinstance(code, int) else 0

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from cortexloop.cli.console import telling_interruptions
 from cortexloop.cli.parameters import Json, Resize, SkipBad, Threads
 
 SourceModels = Annotated[
@@ -43,6 +44,7 @@ Batch = Annotated[int, typer.Option("--batch", help="Images at a time.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run in --out.")]
 
 
+@telling_interruptions()
 def fit(
     images: Annotated[
         Optional[Path],  # noqa: UP045
@@ -166,6 +168,7 @@ def fit(
     )
 
 
+@telling_interruptions()
 def saliency(
     models: Annotated[
         Optional[Path],  # noqa: UP045

@@ -343,4 +343,4 @@ def _triple(name: str, text: str | None) -> tuple[float, float, float] | None:
         values *= 3
     if len(values) != 3 or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
         raise BadInputError(f"--{name} should be one number or three (R,G,B) in units of 0..1, got {text!r}")
-    return values  # type: ignore[return-value]
+    return values

@@ -15,8 +15,7 @@ from cortexloop.cli.console import progress
 from cortexloop.cli.fitting.data import Pictures, Recorded
 from cortexloop.cli.fitting.findings import Card, Channel, Double, Ellipse, FactorShown, FieldShown, Seen
 from cortexloop.cli.sources import OpenSource
-from cortexloop.factor import Factors, back_projected, feature_field, fit_gaussians
-from cortexloop.factor.gaussian import Gaussians
+from cortexloop.factor import Factors, Gaussians, back_projected, feature_field, fit_gaussians
 
 CHANNELS = 6
 SEEN = 5
@@ -129,7 +128,7 @@ def make_cards(
 def _parts(
     factors: Factors, neuron: int, maps: Tensor, opened: OpenSource | None
 ) -> list[tuple[list[str], list[float], list[int]]]:
-    """Of each factor with content, its strongest channels: names, weights (of a unit vector), positions of best images."""
+    """Of each factor with content, its strongest channels: names, weights of a unit vector, the image best for each."""
     found = []
     names = None if opened is None else opened.channels
     for f in range(factors.rank):

@@ -84,7 +84,7 @@ def _fit(options: FitOptions, baselines: tuple[str, ...], folder: OutputFolder) 
         options, options.out, source, (channels, height, width), None if pictures is None else pictures.size,
         replace(recorded, excluded=(*recorded.excluded, *fitted.excluded)), held, rule, fitted.methods,
         fitted.predictions, fitted.ceiling, fitted.explained, fitted.kept, fitted.ranks, fitted.dead, skipped,
-        () if opened is None else opened.notes, cards, record,
+        (*(() if opened is None else opened.notes), *fitted.notes), cards, record,
     )  # fmt: skip
     with progress("writing tables and report", 2, quiet=options.json) as bar, folder.writing() as place:
         fitted.model.save(place / MODEL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,8 +22,7 @@ from cortexloop.cli.fitting.data import Excluded, Recorded
 from cortexloop.cli.fitting.findings import Double, Method
 from cortexloop.cli.fitting.maps import Maps
 from cortexloop.cli.fitting.options import BASELINES, FitOptions, settle_threshold
-from cortexloop.factor import FactorModel, FeatureMoments, factorize, threshold
-from cortexloop.factor.thresholds import Thresholded
+from cortexloop.factor import FactorModel, Factors, FeatureMoments, Thresholded, factorize, threshold
 
 PERMUTATIONS = 100
 BEYOND = 2
@@ -47,6 +48,7 @@ class Outcome:
         scores, predictions: [N, T] of all images.
         tensor: [T, C, H, W] what was factorized.
         excluded: neurons that are predicted by their mean only, and why.
+        notes: what a user should know.
         texts: sentences for the method section and run.json.
     """
 
@@ -61,6 +63,7 @@ class Outcome:
     dead: int
     tensor: Tensor
     excluded: tuple[Excluded, ...]
+    notes: tuple[str, ...]
     texts: dict[str, Any]
 
 
@@ -77,32 +80,29 @@ def fit(
     Raises:
         BadInputError: options that do not fit the maps, such as a rank that is too large.
     """
+    kind: Any
     kind, level = settle_threshold(options.threshold)
     responses = torch.from_numpy(recorded.responses)
     held_responses = recorded.responses[held]
     with progress("fitting", 4 + len(baselines), quiet=options.json) as bar, bad_input():
         begin = time.perf_counter()
-        moments = _moments(
-            maps, responses, train, PERMUTATIONS if kind in ("permutation", "familywise") else 0, options
-        )
-        survivors: Thresholded = threshold(moments, kind, level=level)  # type: ignore[arg-type]
+        permutations = PERMUTATIONS if kind in ("permutation", "familywise") else 0
+        moments = _moments(maps, responses, train, recorded.neurons, permutations, options)
+        survivors: Thresholded = threshold(moments, kind, level=level)
         bar.advance()
-        factors = factorize(
-            survivors.tensor, options.method.replace("-", "_"), rank=options.rank, border=options.border,
-            seed=options.seed,
-        )  # type: ignore[call-overload]  # fmt: skip
+        method: Any = options.method.replace("-", "_")
+        with _empty_factors_expected():
+            factors = factorize(survivors.tensor, method, rank=options.rank, border=options.border, seed=options.seed)
         shared = time.perf_counter() - begin
         bar.advance()
 
-        def factor_model(reduction: str | None, curve: str) -> FactorModel:
-            return FactorModel.fit(
-                None, maps, responses, train=train, factors=factors, seed=options.seed,
-                reduction=reduction, regressor=options.regressor,
-                nonlinearity={"line": None}.get(curve, curve),
-            )  # type: ignore[arg-type]  # fmt: skip
+        def factor_model(reduction: str | None, curve: str | None) -> FactorModel:
+            choices: dict[str, Any] = {"reduction": reduction, "nonlinearity": curve, "regressor": options.regressor}
+            return FactorModel.fit(None, maps, responses, train=train, factors=factors, seed=options.seed, **choices)
 
         reduction = None if options.reduction == "none" else options.reduction
-        model, seconds = _timed(lambda: factor_model(reduction, options.nonlinearity))
+        curve = None if options.nonlinearity == "line" else options.nonlinearity
+        model, seconds = _timed(lambda: factor_model(reduction, curve))
         told = {
             "neurons": list(recorded.neurons),
             "source": None if options.features is not None else options.source.stored(),
@@ -142,21 +142,52 @@ def fit(
             Excluded(recorded.neurons[n], _REASONS[reason])
             for reason, places in model.excluded.items() for n in places
         ),
+        _notes(factors, [n for places in model.excluded.values() for n in places], recorded),
         _texts(options, survivors, model, described),
     )  # fmt: skip
 
 
 def _moments(
-    maps: Tensor, responses: Tensor, train: NDArray[np.int64], permutations: int, options: FitOptions
+    maps: Tensor,
+    responses: Tensor,
+    train: NDArray[np.int64],
+    names: Sequence[str],
+    permutations: int,
+    options: FitOptions,
 ) -> FeatureMoments:
     channels, height, width = maps.shape[1:]
     moments = FeatureMoments(
-        (channels, height, width), responses.shape[1], permutations=permutations, seed=options.seed, device=maps.device
+        (channels, height, width),
+        responses.shape[1],
+        names=names,
+        permutations=permutations,
+        seed=options.seed,
+        responses=responses[torch.from_numpy(train)] if permutations else None,
+        device=maps.device,
     )
     for start in range(0, len(train), 64):
         rows = torch.from_numpy(train[start : start + 64])
         moments.update(maps[rows.to(maps.device)], responses[rows])
     return moments
+
+
+@contextlib.contextmanager
+def _empty_factors_expected() -> Iterator[None]:
+    """Without the warning of factors that came out empty, which the notes tell by name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* have a lower rank than", RuntimeWarning)
+        yield
+
+
+def _notes(factors: Factors, excluded: Sequence[int], recorded: Recorded) -> tuple[str, ...]:
+    """What a user should know of the factors."""
+    short = sorted({n for n, _ in factors.empty} - set(excluded))
+    if not short:
+        return ()
+    named = ", ".join(recorded.neurons[n] for n in short[:5]) + (
+        f" and {len(short) - 5} more" if len(short) > 5 else ""
+    )
+    return (f"what passed the threshold has a lower rank than {factors.rank} for {named}: they have fewer factors",)
 
 
 def _timed(make: Callable[[], Result]) -> tuple[Result, float]:
@@ -208,7 +239,7 @@ _REDUCTIONS = {
 def for_cards(outcome: Outcome, shown: Sequence[int], values: Maps) -> Fitted:
     """What the cards of some neurons need."""
     model, settings = outcome.model, outcome.model.settings["factorize"]
-    with bad_input():
+    with bad_input(), _empty_factors_expected():
         by_rank = factorize(
             outcome.tensor[list(shown)], settings["method"], ranks=outcome.ranks, border=settings["border"]
         )

@@ -76,9 +76,9 @@ def capitalize_first(text: str) -> str:
 
 
 def _title(findings: FitFindings, count: int) -> str:
-    kind = "textbook neuron" if findings.options.example else "recorded neuron"
-    return f"{'Nine' if count == 9 and findings.options.example else f'{count:,}'} "
-    f"{kind}{'' if count == 1 else 's'}, factorized"
+    if findings.options.example:
+        return f"{'Nine' if count == 9 else count} textbook neuron{'' if count == 1 else 's'}, factorized"
+    return f"{count:,} recorded neuron{'' if count == 1 else 's'}, factorized"
 
 
 def _median(values: np.ndarray[Any, Any]) -> float:
