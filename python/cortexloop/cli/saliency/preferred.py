@@ -54,7 +54,7 @@ def choose_images(
     """
     pictures = open_or_draw(options, size)
     names: list[str] = []
-    keep = len(pictures.names) if options.every_image else options.top
+    keep = len(pictures.names) if options.every_image else min(options.top, len(pictures.names))
     maps = keep * len(neurons) * (1 if options.model is None else 2 * options.references)
     if maps > MOST_MAPS:
         raise BadInputError(
