@@ -69,7 +69,7 @@ def fit(
     features: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--features", help="Feature maps computed before, .npy or .npz [images, channels, height, width]."
+            "--features", help="Feature maps computed before, .npy or .npz: images x channels x height x width."
         ),
     ] = None,
     neurons: Annotated[

@@ -187,12 +187,12 @@ def _shown(fields: Tensor, size: tuple[int, int] | None) -> list[FieldShown]:
 
 
 def _ellipse(gaussians: Gaussians, i: int, size: tuple[int, int]) -> Ellipse | None:
-    """The outline in image pixels; None for a flat map."""
-    if float(gaussians.amplitude[i]) == 0:
-        return None
+    """The outline in image pixels; None where it says nothing: of a flat map, or wider than the image."""
     height, width = gaussians.shape
-    sx, sy = size[1] / width, size[0] / height
     reach = math.sqrt(-2 * math.log(LEVEL))
+    if float(gaussians.amplitude[i]) == 0 or reach * float(gaussians.sigma_u[i]) > max(height, width) / 2:
+        return None
+    sx, sy = size[1] / width, size[0] / height
     return (
         (float(gaussians.x[i]) + 0.5) * sx,
         (float(gaussians.y[i]) + 0.5) * sy,
