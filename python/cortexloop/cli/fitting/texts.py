@@ -58,7 +58,10 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
             f"of "
             "uniform noise, back-projected through the network"
         )
-    fields += f". Outlines are where a Gaussian fitted to the map falls to {LEVEL:g} of its height, where that is within the image."
+    fields += (
+        f". Outlines are where a Gaussian fitted to the map falls to {LEVEL:g} of its height, if it is not wider than "
+    )
+    fields += "the image."
     found.append(("Receptive fields", fields[0].upper() + fields[1:]))
     others = findings.methods[1:]
     if others:
