@@ -129,8 +129,9 @@ def scatter(
         return Markup("")
     with _style():
         figure, axes = _figure(width, height, x_label, y_label)
-        axes.set_xlim(_limits(x, margin=0.03))
-        axes.set_ylim(_limits(y, margin=0.06))
+        across, up = (x, y) if curve is None else (np.append(x, curve.x), np.append(y, curve.y))
+        axes.set_xlim(_limits(across, margin=0.03))
+        axes.set_ylim(_limits(up, margin=0.06))
         # One path of round-capped strokes without length: a fifth of the size of as many markers.
         gap = np.full(len(x), np.nan)
         dots = [np.stack([v, v, gap], 1).ravel() for v in (x, y)]

@@ -62,7 +62,7 @@ def _fit(options: FitOptions, baselines: tuple[str, ...], folder: OutputFolder) 
     shown = _shown(options, fitted.methods[0].r)
     cards = make_cards(
         shown,
-        model.for_cards(fitted, shown, values),
+        model.for_cards(fitted, shown, values, held),
         recorded,
         held,
         opened,

@@ -221,7 +221,7 @@ def _texts(
         )
     curve = "a softplus fitted to the images to fit on" if model.nonlinearity is not None else "a line"
     return {
-        "threshold": survivors.summary(),
+        "threshold": survivors.summary().replace("_", "-"),
         "regression": f"{regression}; the output is {curve}.",
         "baselines": described,
         "model": model.summary(),
@@ -236,7 +236,7 @@ _REDUCTIONS = {
 }
 
 
-def for_cards(outcome: Outcome, shown: Sequence[int], values: Maps) -> Fitted:
+def for_cards(outcome: Outcome, shown: Sequence[int], values: Maps, held: NDArray[np.int64]) -> Fitted:
     """What the cards of some neurons need."""
     model, settings = outcome.model, outcome.model.settings["factorize"]
     with bad_input(), _empty_factors_expected():
@@ -248,7 +248,8 @@ def for_cards(outcome: Outcome, shown: Sequence[int], values: Maps) -> Fitted:
         explained = by_rank[rank].explained
         assert explained is not None
         curve_of[list(shown), place] = explained.cpu().numpy()
-    low, high = outcome.scores.min(axis=0), outcome.scores.max(axis=0)
+    scores = outcome.scores[held]
+    low, high = scores.min(axis=0), scores.max(axis=0)
     grid = low + (high - low) * np.linspace(0, 1, 60)[:, None]
     answers = model.output(torch.from_numpy(grid).to(model.gain.device)).double().cpu().numpy()
     curves = [(grid[:, n], answers[:, n]) for n in range(len(model))]

@@ -19,11 +19,16 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
     """(heading, sentences)."""
     options = findings.options
     channels, height, width = findings.feature_shape
+    count = channels * height * width
+    dead = (
+        f"{findings.dead:,} of {count:,} features never vary and take no part"
+        if findings.dead
+        else (f"all {count:,} features vary")
+    )
     found = [
         (
             "Features",
-            f"{findings.source}: {channels:,} channels on {height} x {width} places. {findings.dead:,} of "
-            f"{channels * height * width:,} features never vary and take no part.",
+            f"{findings.source}: {channels:,} channels on {height} x {width} places; {dead}.",
         ),
         (
             "Factorization",
@@ -62,7 +67,7 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         f". Outlines are where a Gaussian fitted to the map falls to {LEVEL:g} of its height, if it is not wider than "
     )
     fields += "the image."
-    found.append(("Receptive fields", fields[0].upper() + fields[1:]))
+    found.append(("Receptive fields", fields))
     others = findings.methods[1:]
     if others:
         told = findings.record["baselines"]
@@ -76,8 +81,8 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
             f"of {NOISE:g}. The network that explains them is a bank of fixed Gabor and centre-surround filters; the "
             "neurons are built of others. Arrows say which side of an edge is lighter."
         )
-        found.append(("The example", text[0].upper() + text[1:]))
+        found.append(("The example", text))
     else:
         text = f"recording {findings.recorded.what} of {str(options.responses)!r}, averaged over repeats."
-        found.append(("Responses", text[0].upper() + text[1:]))
+        found.append(("Responses", text))
     return found
