@@ -6,7 +6,10 @@
 #include "../common/model_view.h"
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
+#include "cortexloop/lasso.h"
+#include "readout_kernels.h"
 #include "cortexloop/moments.h"
+#include "cortexloop/nmf.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -50,12 +53,15 @@ struct Kernels {
   std::int64_t (*prepared_bytes)(std::int32_t height, std::int32_t width, bool rows, bool transformed);
   void (*prepare)(const ImageSource& source, bool rows, bool transformed, void* memory, PreparedImage* image);
 
-  // Bytes of scratch one call needs, and the calls. `scratch` is aligned to 64 bytes and holds nothing between calls.
+  // Bytes of scratch one call needs, and the calls. `scratch` is aligned to 64 bytes and holds nothing between calls, unless
+  // `repeat` says so.
   std::int64_t (*scratch_bytes)(const ModelView& model, bool gradient);
   float (*forward)(const ModelView& model, const PreparedImage& image, bool fast, void* scratch);
   // Adds cotangent * d response / d image to `grad` [height, width, 3] (sets it if `overwrite`); returns the response.
-  float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, float* grad,
-                    void* scratch);
+  // `repeat`: the call before, with this scratch, was for the same image and the same layers, with whatever readout. Its
+  // forward pass serves again, and 0 is returned.
+  float (*gradient)(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite, bool repeat,
+                    float* grad, void* scratch);
 
   // Populations of codes, a row or a block of columns at a time. `factors`, `mean`, `diagonal`: those of one problem; `dots` has
   // room for `factors.rank` numbers.
@@ -68,9 +74,20 @@ struct Kernels {
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
 
-  // Running moments of the columns [begin, end); `scratch` is aligned to 64 bytes and has `moments_scratch_bytes`.
-  std::int64_t moments_columns_at_a_time, moments_scratch_bytes;
+  // One problem of a lasso, and the doubles of scratch that it needs.
+  std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
+  void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
+
+  ReadoutKernels readout;
+
+  // Running moments of the columns [begin, end), `begin` a multiple of `moments_tile`; `scratch` is aligned to 64 bytes and has
+  // `moments_scratch_bytes`.
+  std::int64_t moments_tile, moments_scratch_bytes;
   void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
+
+  // One factorization, and the floats of scratch that it needs.
+  std::int64_t (*nmf_scratch_floats)(const NmfArgs& args);
+  void (*nmf_problem)(const NmfArgs& args, std::int64_t problem, float* scratch);
 };
 
 const Kernels* kernels_generic();

@@ -16,8 +16,8 @@ namespace {
 
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 40;
 constexpr std::int64_t kMaxImages = std::int64_t{1} << 24;
-// Neighbouring panels go to the same thread, so that memory is read in longer runs.
-constexpr std::int64_t kPanelsAtATime = 16;
+// A thread takes some neighbouring tiles at a time: while it works on one, the next is fetched.
+constexpr std::int64_t kTilesAtATime = 8;
 constexpr std::size_t kAlignment = 64;
 
 Status check(const FeatureMomentsArgs& a) {
@@ -67,7 +67,7 @@ struct Job {
 void body(void* argument, RangeSource& ranges) {
   Job& job = *static_cast<Job*>(argument);
   const std::int64_t bytes = job.kernels->moments_scratch_bytes;
-  const std::int64_t panel = job.kernels->moments_columns_at_a_time;
+  const std::int64_t tile = job.kernels->moments_tile;
   std::unique_ptr<char[]> memory(new (std::nothrow) char[static_cast<std::size_t>(bytes) + kAlignment]);
   if (!memory) {
     job.failed.store(true);
@@ -78,7 +78,7 @@ void body(void* argument, RangeSource& ranges) {
   std::align(kAlignment, static_cast<std::size_t>(bytes), scratch, space);
   std::int64_t begin, end;
   while (ranges.take(begin, end)) {
-    job.kernels->feature_moments(job.moments, begin * panel, std::min(end * panel, job.moments.args.columns), scratch);
+    job.kernels->feature_moments(job.moments, begin * tile, std::min(end * tile, job.moments.args.columns), scratch);
   }
 }
 
@@ -96,10 +96,11 @@ Status feature_moments(const FeatureMomentsArgs& args) {
   Job job;
   job.moments = {args, args.weights == nullptr ? ones.get() : args.weights, responses.get()};
   job.kernels = &kernels();
-  const std::int64_t panel = job.kernels->moments_columns_at_a_time;
-  const std::int64_t panels = (args.columns + panel - 1) / panel;
-  parallel_run(panels, kPanelsAtATime, body, &job);
-  return job.failed ? fail(Status::out_of_memory, "no memory for a panel of features per thread") : Status::ok;
+  const std::int64_t tile = job.kernels->moments_tile;
+  const std::int64_t tiles = (args.columns + tile - 1) / tile;
+  const std::int64_t fair = std::max<std::int64_t>(1, tiles / (4 * num_threads()));
+  parallel_run(tiles, std::min(kTilesAtATime, fair), body, &job);
+  return job.failed ? fail(Status::out_of_memory, "no memory for a part of the features per thread") : Status::ok;
 }
 
 }  // namespace cpu

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import cortexloop as cl
-from cortexloop.features import BankFeatures
-from cortexloop.models import CompactModel
+from cortexloop.features import BankFeatures, ModuleFeatures, Preprocess
+from cortexloop.features.base import GraphLinearization
+from cortexloop.models import CompactModel, SharedCompactModel
 
 
 @pytest.mark.parametrize(("model", "layer"), [(0, 0), (0, 1), (2, -1), ("model1", 0)])
@@ -50,3 +51,26 @@ def test_bad_arguments(small_bank, small_images):
         BankFeatures(small_bank, "other", 0)
     with pytest.raises(ValueError, match="another input size"):
         BankFeatures(small_bank, 0, 0)(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_pullbacks_are_those_of_the_graph(small_bank, small_images, layer):
+    source = BankFeatures(small_bank, 2, layer)
+    linear = source.linearize(small_images)
+    assert torch.equal(linear.features, source(small_images))
+    cotangents = torch.randn((4, 5, *source.feature_shape()), generator=torch.Generator().manual_seed(0))
+    expected = GraphLinearization(source, small_images.float()).pullback(cotangents)
+    torch.testing.assert_close(linear.pullback(cotangents), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="cotangents should be"):
+        linear.pullback(cotangents[0])
+
+
+def test_trunks_of_shared_models(small_images):
+    model = SharedCompactModel((4, 6), 3, 5, (1, 2), 17, 13, generator=torch.Generator().manual_seed(0)).eval()
+    source = BankFeatures.of_weights(model.to_weights("shared"))
+    module = ModuleFeatures(model, "trunk", preprocess=Preprocess.recentred((17, 13)))
+    assert source.feature_shape() == module.feature_shape()
+    torch.testing.assert_close(source(small_images), module(small_images), rtol=1e-4, atol=1e-4)
+    linear = SharedCompactModel((4,), 3, 5, (1,), 17, 13, relu=False)
+    with pytest.raises(ValueError, match="no ReLUs"):
+        BankFeatures.of_weights(linear.to_weights("linear"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args, overload
+from functools import partial
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from cortexloop.factor._checks import Array, floats, listed
 from cortexloop.factor.factors import Factors
-from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf, split_signs
+from cortexloop.factor.nmf import Penalty, batched_nmf, batched_semi_nmf
 
 Method = Literal["posneg_nmf", "semi_nmf", "svd"]
 Init = Literal["nndsvda", "nndsvd", "random"]
@@ -90,8 +91,8 @@ def factorize(
             Published: 1 for ResNet-50 layer3, VGG conv4_3 and AlexNet conv4, 3 for ResNet-50 layer2.
         seed: of init "random"; the other starts draw nothing.
         init, max_iterations, tolerance: of the NMF, as in scikit-learn's NMF(solver="cd"). As there, the start (and so
-            the local minimum found) depends a little on the unit of the tensor. Semi-NMF ends when an iteration explains
-            less than tolerance / 100 more.
+            the local minimum found) depends a little on the unit of the tensor. Semi-NMF ends when an iteration
+            explains less than tolerance / 100 more.
         restarts: starts per neuron for init "random"; the one that explains most is kept.
         alpha, l1_ratio: penalty of "posneg_nmf", as scikit-learn's alpha_W = alpha_H = alpha.
 
@@ -112,8 +113,8 @@ def factorize(
         raise ValueError(f"init should be one of {get_args(Init)}, got {init!r}")
     if restarts < 1 or max_iterations < 1 or tolerance < 0 or alpha < 0 or not 0 <= l1_ratio <= 1:
         raise ValueError(
-            "restarts and max_iterations should be at least 1, tolerance and alpha at least 0 and l1_ratio in 0..1, got "
-            f"{restarts}, {max_iterations}, {tolerance}, {alpha}, {l1_ratio}"
+            "restarts and max_iterations should be at least 1, tolerance and alpha at least 0 and l1_ratio in 0..1, "
+            f"got {restarts}, {max_iterations}, {tolerance}, {alpha}, {l1_ratio}"
         )
     inner = cropped(m, border)
     wanted = [rank] if ranks is None else list(ranks)
@@ -126,7 +127,7 @@ def factorize(
     matrices = inner.flatten(2).mT.contiguous()  # [T, n, C]
     found = {}
     for r in wanted:
-        settings = {"method": method, "rank": r, "border": border}
+        settings: dict[str, Any] = {"method": method, "rank": r, "border": border}
         if method != "svd":
             settings |= {"max_iterations": max_iterations, "tolerance": tolerance}
         if method == "posneg_nmf":
@@ -136,12 +137,10 @@ def factorize(
                 matrices, r, init, seed, restarts if init == "random" else 1, max_iterations, tolerance, alpha, l1_ratio
             )
         elif method == "semi_nmf":
-            masks, vectors, iterations = _in_chunks(
-                matrices,
-                lambda part, r=r: batched_semi_nmf(part, r, max_iterations=max_iterations, tolerance=tolerance),
-            )
+            solve = partial(batched_semi_nmf, rank=r, max_iterations=max_iterations, tolerance=tolerance)
+            masks, vectors, iterations = _in_chunks(matrices, solve)
         else:
-            masks, vectors, iterations = _in_chunks(matrices, lambda part, r=r: _svd(part, r))
+            masks, vectors, iterations = _in_chunks(matrices, partial(_svd, rank=r))
         found[r] = _assembled(m, matrices, masks, vectors, iterations, border, settings)
     return found[rank] if ranks is None else found
 
@@ -251,12 +250,12 @@ def _posneg(
         w, h, steps = batched_nmf(
             matrices[tries] if len(tries) != count else matrices,
             rank,
+            signed=stacked,
             init=init,
             seeds=[seed + restart for _ in range(len(chosen)) for restart in range(restarts)],
             max_iterations=max_iterations,
             tolerance=tolerance,
             penalty=Penalty(alpha, l1_ratio),
-            prepare=split_signs if stacked else torch.Tensor.contiguous,
         )
         v = h[..., :channels] - h[..., channels:] if stacked else h
         if restarts > 1:
@@ -293,7 +292,7 @@ def _assembled(
     vectors: Tensor,
     iterations: Tensor,
     border: int,
-    settings: dict[str, object],
+    settings: dict[str, Any],
 ) -> Factors:
     masks, vectors = in_order(masks, vectors)
     explained, published, correlation = reconstruction_quality(matrices, masks, vectors)

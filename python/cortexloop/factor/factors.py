@@ -74,7 +74,8 @@ class Factors:
     @property
     def norms(self) -> Tensor:
         """[T, R] Euclidean norm of each outer product."""
-        return self.masks.flatten(2).norm(dim=2) * self.vectors.norm(dim=2)
+        norms: Tensor = self.masks.flatten(2).norm(dim=2) * self.vectors.norm(dim=2)
+        return norms
 
     @property
     def empty(self) -> list[tuple[int, int]]:
@@ -92,12 +93,13 @@ class Factors:
             ValueError: a neuron that does not exist.
         """
         chosen = neuron_indices(neurons, len(self)).to(self.masks.device)
-        per_neuron = {name: getattr(self, name) for name in _PER_NEURON}
+        per_neuron: dict[str, Any] = {name: getattr(self, name) for name in _PER_NEURON}
+        per_neuron = {name: None if value is None else value[chosen] for name, value in per_neuron.items()}
         return replace(
             self,
             masks=self.masks[chosen],
             vectors=self.vectors[chosen],
-            **{name: None if value is None else value[chosen] for name, value in per_neuron.items()},
+            **per_neuron,
         )
 
     def replaced(self, masks: Tensor | None = None, vectors: Tensor | None = None, *, method: str) -> Factors:
@@ -112,8 +114,9 @@ class Factors:
 
     def to(self, device: torch.device | str) -> Factors:
         """On another device."""
-        moved = {name: getattr(self, name) for name in ("masks", "vectors", *_PER_NEURON)}
-        return replace(self, **{name: None if value is None else value.to(device) for name, value in moved.items()})
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("masks", "vectors", *_PER_NEURON)}
+        values = {name: None if value is None else value.to(device) for name, value in values.items()}
+        return replace(self, **values)
 
     def arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Named arrays and a JSON-able header, from which `from_arrays` makes the same factors."""

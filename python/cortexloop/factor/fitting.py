@@ -35,9 +35,17 @@ def moments_of(
         if len(w) != len(batches.inputs):
             raise ValueError(f"weights should be one number for each of {len(batches.inputs)} images, got {len(w)}")
         weights = w[chosen.to(w.device)]
-    moments = FeatureMoments(batches.shape, responses.shape[1], permutations=permutations, seed=seed, device=batches.device)
+    moments = FeatureMoments(
+        batches.shape,
+        responses.shape[1],
+        permutations=permutations,
+        seed=seed,
+        responses=responses if permutations else None,
+        device=batches.device,
+    )
     for part, features in batches:
-        moments.update(features, responses[part], None if weights is None else weights[part])
+        x = features.float() if features.dtype == torch.float64 else features
+        moments.update(x, responses[part], None if weights is None else weights[part], check=False)
     return moments
 
 
@@ -120,10 +128,9 @@ def regress(
             else:
                 seen = factor_features(features, some)
             reduced[part] = seen.reshape(len(seen), len(chosen), width)
+        _settle_constant_columns(reduced)
         for place, neuron in enumerate(chosen):
-            model = _regressed(
-                reduced[:, place], responses[:, neuron : neuron + 1], regressor, alphas, folds, seed
-            )
+            model = regressed(reduced[:, place], responses[:, neuron : neuron + 1], regressor, alphas, folds, seed)
             beta = model.weights[0].to(masks)
             alpha[neuron], intercept[neuron] = model.alpha[0], model.intercept[0]
             if reduction == "mask":
@@ -137,10 +144,24 @@ def regress(
     return readout, alpha, intercept
 
 
-def _regressed(
-    x: Tensor, y: Tensor, regressor: str, alphas: Sequence[float] | None, folds: int | None, seed: int
+def _settle_constant_columns(reduced: Tensor) -> None:
+    """Give columns [n, k, P] that vary by no more than rounding one value, lest a regression find meaning in it."""
+    low, high = reduced.amin(0), reduced.amax(0)
+    negligible = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs())
+    reduced.copy_(torch.where(negligible, low, reduced))
+
+
+def regressed(
+    x: Tensor,
+    y: Tensor,
+    regressor: str,
+    alphas: Sequence[float] | None,
+    folds: int | None,
+    seed: int,
+    **options: Any,
 ) -> regression.LinearModel:
-    options: dict[str, Any] = {"seed": seed}
+    """Ridge or lasso, with the room's own defaults for what is None."""
+    options["seed"] = seed
     if alphas is not None:
         options["alphas"] = alphas
     if folds is not None:
@@ -148,9 +169,7 @@ def _regressed(
     return regression.ridge(x, y, **options) if regressor == "ridge" else regression.lasso(x, y, **options)
 
 
-def report(
-    predictions: NDArray[Any], responses: Array, raw: Array | None, seed: int
-) -> dict[str, NDArray[np.float64]]:
+def report(predictions: NDArray[Any], responses: Array, raw: Array | None, seed: int) -> dict[str, NDArray[np.float64]]:
     """Figures of merit [T] of predictions [B, T]."""
     y = as_numpy(floats(responses, "responses", 2, finite=False))
     if y.shape != predictions.shape:

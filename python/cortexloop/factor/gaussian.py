@@ -116,7 +116,7 @@ def _grid(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _model(p: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [k, H * W] and derivatives [k, H * W, 7] with respect to amplitude, x0, y0, sigma_u, sigma_v, theta, offset."""
+    """Values [k, H * W], and derivatives [k, H * W, 7] by amplitude, x0, y0, sigma_u, sigma_v, theta and offset."""
     a, x0, y0, su, sv, theta, offset = (p[:, i : i + 1] for i in range(7))
     cos, sin = torch.cos(theta), torch.sin(theta)
     dx, dy = xx - x0, yy - y0

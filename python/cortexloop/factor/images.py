@@ -35,6 +35,13 @@ class OptimalImages:
     """[T, S, steps] score after every step."""
 
     @property
+    def stuck(self) -> NDArray[np.bool_]:
+        """[T, S] whether the score never changed: a start where everything the weights read from is silent has no
+        gradient. Other starts may do better."""
+        same: NDArray[np.bool_] = (self.trajectory == self.initial[..., None]).all(-1)
+        return same
+
+    @property
     def best(self) -> NDArray[np.float32]:
         """[T, H, W, 3] the best of each neuron's images."""
         chosen = self.scores.argmax(1)
@@ -92,7 +99,7 @@ def optimal_images(
     pairs = torch.arange(count * s, device=source.device)
     norms = (moved.tensor() if isinstance(moved, Factors) else moved).flatten(1).norm(dim=1)
     results: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for chunk in pairs.split(batch or source.batch):
+    for chunk in torch.split(pairs, batch or source.batch):
         neurons, from_start = chunk // s, chunk % s
 
         def value(x: Tensor, neurons: Tensor = neurons) -> Tensor:

@@ -91,7 +91,7 @@ def check_responses(responses: Array, count: int, train: Any) -> tuple[Tensor, T
             f"responses should be [images, neurons], of {count} images as the other input is; got {list(y.shape)}"
         )
     chosen = torch.arange(count) if train is None else neuron_indices(train, count)
-    if len(chosen.unique()) != len(chosen):
+    if len(torch.unique(chosen)) != len(chosen):
         raise ValueError("train should name every image once; repeats are said by `weights`")
     if len(chosen) < 4:
         raise ValueError(f"a fit needs at least 4 training images, got {len(chosen)}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from cortexloop.factor._checks import Array, floats
 from cortexloop.factor.factorize import cropped, in_order
 from cortexloop.factor.factors import Factors
-from cortexloop.factor.scores import linear_score, mask_features, vector_features
+from cortexloop.factor.scores import linear_score, mask_features, readout, vector_features
 from cortexloop.regression import ridge
 
 ALPHAS = tuple(10.0**k for k in range(-6, 7))
@@ -91,8 +91,8 @@ def fit_alternating(
     """Alternating ridge regressions: vectors for given masks, then masks for given vectors.
 
     Each regression chooses its alpha by leave-one-out (or folds). With `nonnegative`, the masks are then solved for
-    again under h >= 0 with that alpha. Every round ends with the vectors, whose cross-validated score is known; the best
-    round is returned, so that the result is never worse by that score than the start's masks.
+    again under h >= 0 with that alpha. Every round ends with the vectors, whose cross-validated score is known; the
+    best round is returned, so that the result is never worse by that score than the start's masks.
 
     Args: see `fit_joint`.
         rounds: 4 in the published code.
@@ -111,9 +111,9 @@ def fit_alternating(
     for t in sorted(set(range(count)) - set(excluded)):
         target = y[:, t : t + 1]
         mask = start.masks[t : t + 1]
+        vector = start.vectors[t : t + 1]
         best = -torch.inf
         for round_ in range(rounds + 1):
-            vector = start.vectors[t : t + 1] if round_ == 0 else vector
             if round_ > 0:
                 here = start.replaced(mask, vector, method="als")
                 seen = cropped(vector_features(x, here)[:, 0], border).flatten(1)
@@ -184,10 +184,10 @@ def fit_by_gradient(
     history = torch.zeros(epochs, y.shape[1], dtype=torch.float64)
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
-        for part in order.split(batch):
+        for part in torch.split(order, batch):
             shown = (x[part] - mean[:, None, None]) / deviation[:, None, None]
             h, w, b = parameters
-            error = _readout(shown, h, w) + b - y[part]
+            error = readout(shown, h, w) + b - y[part]
             loss = error.square().mean(0)
             with torch.no_grad():
                 history[epoch] += loss.double().cpu() * (len(part) / len(x))
@@ -227,9 +227,7 @@ def _pair(features: Array, responses: Array) -> tuple[Tensor, Tensor]:
     x = floats(features, "features", 4)
     y = floats(responses, "responses", 2).to(x.device, x.dtype)
     if len(x) != len(y) or len(x) < 3:
-        raise ValueError(
-            f"features and responses should be of the same, at least 3, images, got {len(x)} and {len(y)}"
-        )
+        raise ValueError(f"features and responses should be of the same, at least 3, images, got {len(x)} and {len(y)}")
     return x, y
 
 
@@ -275,16 +273,12 @@ def _nonnegative_ridge(x: Tensor, y: Tensor, alpha: float, start: Tensor, iterat
     return h
 
 
-def _readout(x: Tensor, masks: Tensor, vectors: Tensor) -> Tensor:
-    return torch.einsum("bchw,trhw,trc->bt", x, masks, vectors)
-
-
 def _scaled(
     x: Tensor, y: Tensor, mean: Tensor, deviation: Tensor, masks: Tensor, vectors: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The start, scaled so that it predicts as well as it can, the scale shared evenly by masks and vectors."""
     parts = [
-        _readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in x.split(256)
+        readout((part - mean[:, None, None]) / deviation[:, None, None], masks, vectors) for part in torch.split(x, 256)
     ]
     scores = torch.cat(parts).double()
     centre = scores.mean(0)
@@ -300,9 +294,7 @@ def _scaled(
 
 def _laplacian(masks: Tensor) -> Tensor:
     inner = 4.0 * masks[..., 1:-1, 1:-1]
-    return (
-        inner - masks[..., :-2, 1:-1] - masks[..., 2:, 1:-1] - masks[..., 1:-1, :-2] - masks[..., 1:-1, 2:]
-    )
+    return inner - masks[..., :-2, 1:-1] - masks[..., 2:, 1:-1] - masks[..., 1:-1, :-2] - masks[..., 1:-1, 2:]
 
 
 def _joint(

@@ -12,15 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cortexloop import io, metrics
+from cortexloop import io
 from cortexloop.factor import fitting
 from cortexloop.factor._checks import Array
 from cortexloop.factor.factorize import Init, Method, factorize
 from cortexloop.factor.factors import Factors
 from cortexloop.factor.inputs import KEEP_BYTES, FeatureBatches, as_numpy, check_responses
-from cortexloop.factor.moments import FeatureMoments
 from cortexloop.factor.nonlinearity import Softplus
-from cortexloop.factor.scores import Score, score
+from cortexloop.factor.scores import Score
 from cortexloop.factor.thresholds import Kind, Thresholded, View, threshold
 from cortexloop.features import FeatureSource
 
@@ -99,7 +98,7 @@ class FactorModel:
             method, rank, border, init: see `factor.factorize`.
             factors: instead of these: factors found before (on training images only!).
             readout, normalise: the score, see `factor.score`.
-            nonlinearity: "softplus", see `fit_softplus`; None: a line. "auto": softplus, but a line behind a regression.
+            nonlinearity: "softplus", see `fit_softplus`; None: a line; "auto": softplus, or a line behind a regression.
             reduction: regress responses on what the factors reduce the map to: "mask" (published spmask: R C numbers
                 per image), "vector" (featvec: R H W inside the border) or "factor" (R). The regression becomes a
                 readout in the same map.
@@ -132,7 +131,15 @@ class FactorModel:
         effective = factors
         if reduction is not None:
             effective, alpha, shift = fitting.regress(
-                batches, y, factors, sorted(set(range(len(factors))) - left_out), reduction, regressor, alphas, folds, seed
+                batches,
+                y,
+                factors,
+                sorted(set(range(len(factors))) - left_out),
+                reduction,
+                regressor,
+                alphas,
+                folds,
+                seed,
             )
         scores = fitting.scores_of(batches, effective, readout, normalise)
         excluded["silent"] = sorted(set(fitting.constant_columns(scores)) - left_out)
@@ -253,8 +260,10 @@ class FactorModel:
         if len(self):
             lines.append(f"kept {100 * float(self.kept.min()):.1f} to {100 * float(self.kept.max()):.1f} % of features")
         output = "softplus" if self.nonlinearity is not None else "line"
-        how = self.settings["readout"] if self.settings["reduction"] is None else (
-            f"{self.settings['regressor']} on {self.settings['reduction']} features"
+        how = (
+            self.settings["readout"]
+            if self.settings["reduction"] is None
+            else (f"{self.settings['regressor']} on {self.settings['reduction']} features")
         )
         lines.append(f"read out by {how}, output {output}")
         for reason, neurons in self.excluded.items():

@@ -1,23 +1,20 @@
-"""Non-negative factorizations of many small matrices at once: NMF by coordinate descent, and semi-NMF.
+"""Non-negative factorizations of many small matrices at once: the start of NMF, and semi-NMF.
 
-Matrices are [positions, channels]; a batch of them has a leading axis of neurons. Left factors (masks) are kept as
-[R, positions] and right ones (vectors) as [R, channels]: a product of R rows with a matrix then reads that matrix once,
-row by row, three to seven times faster than the other orders.
+Matrices are [positions, channels]; a batch of them has a leading axis of neurons. Left factors (masks) are [R,
+positions] and right ones (vectors) [R, channels].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Bytes of matrices worked on together on a CPU (both orders of each): few enough to stay in a core's share of the
-# cache, many enough to spread the cost of a call over several neurons.
-_CPU_BYTES = 10_000_000
-_GPU_BYTES = 2_000_000_000
-_EXACT_SVD_UP_TO = 256  # positions; above, a few rounds of subspace iteration are faster than all eigenvectors
+from cortexloop.functional import nmf
+
+_START_BYTES = 20_000_000  # of matrices whose start is computed together
+_EXACT_SVD_UP_TO = 100  # positions; above, subspace iteration is faster than all eigenvectors
 _TINY = 1e-6  # entries of the initial factors that count as 0, as published; so the start depends on the unit
 # Matrices of a mean outside are scaled to it. Below, all entries of the start would count as 0; above, the mean that
 # fills zeros dwarfs the singular vectors, whose scale is its square root, and descent ends in worse minima (explained
@@ -46,134 +43,90 @@ def batched_nmf(
     matrices: Tensor,
     rank: int,
     *,
+    signed: bool,
     init: str,
     seeds: list[int],
     max_iterations: int,
     tolerance: float,
     penalty: Penalty,
-    prepare: Callable[[Tensor], Tensor] = split_signs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """X ~ W H with W, H >= 0 for every matrix, by cyclic coordinate descent (HALS).
-
-    One iteration sweeps once over the columns of W, then over the rows of H, each entry going to the minimum of the
-    objective given the others. It ends when the sum of projected gradients falls to `tolerance` of that of the first
-    iteration (Cichocki & Phan 2009; the rule of scikit-learn's solver "cd", whose steps and iteration counts this
-    reproduces). Several neurons run side by side; as one ends, the next takes its place.
+    """X ~ W H with W, H >= 0 for every matrix, see `functional.nmf`; one of zeros gives zeros.
 
     Args:
         matrices: [T, n, C].
-        init: "nndsvda", "nndsvd" (Boutsidis & Gallopoulos 2008) or "random".
-        seeds: [T], for "random".
-        prepare: [n, C] -> X [n, m], non-negative, done when a neuron's turn comes.
+        signed: X is `split_signs` of the matrix; else the matrix itself.
+        init: "nndsvda", "nndsvd" (Boutsidis & Gallopoulos 2008) or "random". seeds: [T], for "random".
 
     Returns:
-        W as [T, R, n], H as [T, R, m] and the number of iterations [T].
+        W as [T, R, n], H as [T, R, C or 2 C] and the number of iterations [T].
     """
-    count, n, _ = matrices.shape
-    m = prepare(matrices[0]).shape[-1]
-    masks = matrices.new_zeros(count, rank, n)
-    vectors = matrices.new_zeros(count, rank, m)
+    count, n, columns = matrices.shape
+    width = 2 * columns if signed else columns
+    masks, vectors = matrices.new_zeros(count, rank, n), matrices.new_zeros(count, rank, width)
     iterations = torch.zeros(count, dtype=torch.int64)
-    budget = _CPU_BYTES if matrices.device.type == "cpu" else _GPU_BYTES
-    slots = max(1, min(count, budget // (2 * n * m * matrices.element_size())))
-    x, xt = matrices.new_empty(slots, n, m), matrices.new_empty(slots, m, n)
-    w, h = matrices.new_empty(slots, rank, n), matrices.new_empty(slots, rank, m)
-    first = matrices.new_zeros(slots)
-    scale = matrices.new_zeros(count)
-    w_terms, h_terms = penalty.terms(m), penalty.terms(n)
-    held = [-1] * slots  # which neuron a slot works on
-    done = [0] * slots  # its iterations so far
-    waiting = iter(range(count))
-
-    def start(slot: int) -> bool:
-        """The next neuron that has anything to factorize; one of zeros stays 0."""
-        for neuron in waiting:
-            matrix = prepare(matrices[neuron])
-            mean = matrix.mean()
-            if mean > 0:
-                scale[neuron] = mean / mean.clamp(*_MEANS)
-                x[slot] = matrix / scale[neuron]
-                xt[slot] = x[slot].T
-                w[slot], h[slot] = initial(x[slot], rank, init, seeds[neuron])
-                held[slot], done[slot] = neuron, 0
-                return True
-        return False
-
-    active = sum(start(slot) for slot in range(slots))  # slots are filled from the first on
-    x, xt, w, h, first = x[:active], xt[:active], w[:active], h[:active], first[:active]
-    while active:
-        violation = sweep(w, h @ h.mT, torch.bmm(h, xt), *w_terms)
-        violation += sweep(h, w @ w.mT, torch.bmm(w, x), *h_terms)
-        new = torch.tensor([iteration == 0 for iteration in done[:active]], device=first.device)
-        first = torch.where(new, violation, first)
-        ended = ((violation <= tolerance * first) | (first == 0)).tolist()
-        keep = []
-        for slot in range(active):
-            done[slot] += 1
-            if ended[slot] or done[slot] == max_iterations:
-                neuron = held[slot]
-                masks[neuron], vectors[neuron] = w[slot], h[slot] * scale[neuron]
-                iterations[neuron] = done[slot]
-                if not start(slot):
-                    continue
-            keep.append(slot)
-        if len(keep) < active:
-            x, xt, w, h, first = x[keep], xt[keep], w[keep], h[keep], first[keep]
-            held, done = [held[slot] for slot in keep], [done[slot] for slot in keep]
-            active = len(keep)
+    mean = matrices.abs().sum((1, 2)) / (n * width)
+    scale = mean / mean.clamp(*_MEANS)
+    present = torch.nonzero(mean > 0)[:, 0]
+    if len(present) == 0:
+        return masks, vectors, iterations
+    scaled = matrices[present] / scale[present, None, None]
+    w, h = initial(scaled, rank, signed, init, [seeds[t] for t in present.tolist()])
+    w_terms, h_terms = penalty.terms(width), penalty.terms(n)
+    w, h, steps = nmf(
+        scaled,
+        w,
+        h,
+        signed=signed,
+        l1=(w_terms[0], h_terms[0]),
+        l2=(w_terms[1], h_terms[1]),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        backend="reference" if scaled.dtype == torch.float64 else "auto",
+    )
+    masks[present], vectors[present] = w, h * scale[present, None, None]
+    iterations[present.cpu()] = steps
     return masks, vectors, iterations
 
 
-def sweep(a: Tensor, gram: Tensor, product: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
-    """One pass of coordinate descent over the rows of a >= 0 [k, R, n], in place.
-
-    Minimises 1/2 a' G a - P a + l1 |a| + l2/2 |a|^2 of every column, G `gram` [k, R, R] and P `product` [k, R, n].
-
-    Returns:
-        [k] the sum of |projected gradient|, each entry's taken just before its update.
-    """
-    if l2:
-        gram = gram + l2 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    violation = a.new_zeros(a.shape[0])
-    curvature = torch.diagonal(gram, dim1=1, dim2=2)
-    step = torch.where(curvature > 0, 1.0 / torch.where(curvature > 0, curvature, 1.0), 0.0)
-    for t in range(a.shape[1]):
-        gradient = torch.baddbmm(product[:, t : t + 1], gram[:, t : t + 1], a, beta=-1)[:, 0]
-        if l1:
-            gradient += l1
-        row = a[:, t]
-        violation += torch.where(row == 0, gradient.clamp(max=0), gradient).abs().sum(-1)
-        torch.clamp(torch.addcmul(row, gradient, step[:, t : t + 1], value=-1), min=0, out=row)
-    return violation
-
-
-def initial(x: Tensor, rank: int, init: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Non-negative factors [R, n] and [R, m] to start from, of one matrix x [n, m] >= 0 that is not 0.
+def initial(matrices: Tensor, rank: int, signed: bool, init: str, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """Non-negative factors [T, R, n] and [T, R, m] to start from, of matrices [T, n, C] that are not 0.
 
     Non-negative double SVD: of each pair of singular vectors, the positive or the negative parts, whichever weigh
-    more. "nndsvda" replaces zeros, which coordinate descent would leave slowly, by the mean of x.
+    more. "nndsvda" replaces zeros, which coordinate descent would leave slowly, by the mean.
     """
-    mean = x.mean()
+    count, n, columns = matrices.shape
+    width = 2 * columns if signed else columns
+    mean = matrices.abs().sum((1, 2), keepdim=True) / (n * width)
     if init == "random":
-        generator = torch.Generator().manual_seed(seed)
-        shapes = ((rank, x.shape[0]), (rank, x.shape[1]))
-        w, h = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-        level = torch.sqrt(mean / rank)
-        return level * w.abs().to(x), level * h.abs().to(x)
-    u = leading_vectors(x @ x.mT, rank).to(x.dtype).mT  # [R, n]
-    v = u @ x  # [R, m] times the singular value
-    strength = v.norm(dim=1)
-    v = v / strength.clamp(min=torch.finfo(x.dtype).tiny)[:, None]
-    sides = [(u.clamp(min=0), v.clamp(min=0)), ((-u).clamp(min=0), (-v).clamp(min=0))]
-    weights = [a.norm(dim=1) * b.norm(dim=1) for a, b in sides]
-    negative = (weights[1] > weights[0])[:, None]
-    w, h = torch.where(negative, sides[1][0], sides[0][0]), torch.where(negative, sides[1][1], sides[0][1])
-    weight = torch.maximum(*weights)
-    tiny = torch.finfo(x.dtype).tiny
-    level = torch.sqrt(strength * weight)[:, None]
-    w, h = (level * part / part.norm(dim=1, keepdim=True).clamp(min=tiny) for part in (w, h))
+        drawn = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(torch.randn(rank * (n + width), generator=generator, dtype=torch.float64).abs())
+        both = torch.stack(drawn).to(matrices) * torch.sqrt(mean[:, 0] / rank)
+        return both[:, : rank * n].view(count, rank, n), both[:, rank * n :].view(count, rank, width)
+    w, h = matrices.new_empty(count, rank, n), matrices.new_empty(count, rank, width)
+    step = max(1, _START_BYTES // (n * width * matrices.element_size()))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        x = split_signs(matrices[part]) if signed else matrices[part]
+        w[part], h[part] = _double_svd(x, rank)
     fill = mean if init == "nndsvda" else torch.zeros_like(mean)
     return torch.where(w < _TINY, fill, w), torch.where(h < _TINY, fill, h)
+
+
+def _double_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    tiny = torch.finfo(x.dtype).tiny
+    u = leading_vectors(x @ x.mT, rank).to(x.dtype).mT  # [k, R, n]
+    v = u @ x  # [k, R, m], times the singular value
+    strength = v.norm(dim=2, keepdim=True)
+    v = v / strength.clamp(min=tiny)
+    sides = [(u.clamp(min=0), v.clamp(min=0)), ((-u).clamp(min=0), (-v).clamp(min=0))]
+    weights = [a.norm(dim=2, keepdim=True) * b.norm(dim=2, keepdim=True) for a, b in sides]
+    negative = weights[1] > weights[0]
+    w, h = torch.where(negative, sides[1][0], sides[0][0]), torch.where(negative, sides[1][1], sides[0][1])
+    level = torch.sqrt(strength * torch.maximum(*weights))
+    w, h = (level * part / part.norm(dim=2, keepdim=True).clamp(min=tiny) for part in (w, h))
+    return w, h
 
 
 def leading_vectors(gram: Tensor, rank: int) -> Tensor:
@@ -185,8 +138,9 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
     width = min(n, rank + 10)
     q = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gram)
     q = q.expand(*gram.shape[:-2], n, width)
-    for _ in range(15):
-        q = torch.linalg.qr(gram @ q).Q
+    twice = gram @ gram
+    for _ in range(8):
+        q = torch.linalg.qr(twice @ q).Q
     inner = torch.linalg.eigh(q.mT @ gram @ q)
     return (q @ inner.eigenvectors)[..., -rank:].flip(-1)
 
@@ -230,7 +184,7 @@ def batched_semi_nmf(
         weights, product = inverse @ (hg @ h.mT) @ inverse, inverse @ hg  # V V' and V M'
         moved = h.clone()
         for _ in range(3):
-            sweep(moved, weights, product)
+            _sweep(moved, weights, product)
         moved = moved / moved.norm(dim=2, keepdim=True).clamp(min=1e-30)  # the vectors take up the scale
         h = torch.where(active[:, None, None], moved, h)
         iterations[active] = done
@@ -240,3 +194,13 @@ def batched_semi_nmf(
 def _inverse(h: Tensor) -> Tensor:
     """The pseudo-inverse of h h' [T, R, R]: a mask that has become 0 has no vector."""
     return torch.linalg.pinv(h @ h.mT, hermitian=True, rtol=1e-10)
+
+
+def _sweep(h: Tensor, gram: Tensor, product: Tensor) -> None:
+    """One pass of coordinate descent on 1/2 h' G h - P h over the rows of h >= 0 [T, R, n], in place."""
+    curvature = torch.diagonal(gram, dim1=1, dim2=2)[..., None]
+    for r in range(h.shape[1]):
+        gradient = (gram[:, r : r + 1] @ h)[:, 0] - product[:, r]
+        positive = curvature[:, r] > 0
+        step = torch.where(positive, gradient / torch.where(positive, curvature[:, r], 1.0), 0.0)
+        h[:, r] = (h[:, r] - step).clamp(min=0)

@@ -48,8 +48,8 @@ def fit_softplus(scores: Array, responses: Array, *, iterations: int = 200) -> S
     """Fit the non-linearity of every neuron by least squares, within the published bounds.
 
     a in [0, inf), b in [min y - 10, max y], theta in [min(s x) - 10, max(s x)], s = sd(y) / sd(x). The published fit
-    starts at (1, min y, median(s x)) only; here a and b are solved for on a grid of thresholds first, and descent starts
-    from the best of these and from the published point, so that it is at least as good.
+    starts at (1, min y, median(s x)) only; here a and b are solved for on a grid of thresholds first, and descent
+    starts from the best of these and from the published point, so that it is at least as good.
 
     Args:
         scores: [B, T] linear scores of the training images.

@@ -23,7 +23,8 @@ def feature_field(weights: Weights) -> Tensor:
     """
     if isinstance(weights, Factors):
         return torch.einsum("tr,trhw->thw", weights.vectors.norm(dim=2), weights.masks.abs())
-    return weights.norm(dim=1)
+    field: Tensor = weights.norm(dim=1)
+    return field
 
 
 def back_projected(
@@ -65,7 +66,7 @@ def back_projected(
         raise ValueError(f"images should be [B, H, W, 3] with at least one, got {list(shown.shape)}")
     moved = weights.to(source.device)
     total = torch.zeros(len(weights), *shown.shape[1:3], dtype=torch.float64, device=source.device)
-    for part in shown.split(batch or source.batch):
+    for part in torch.split(shown, batch or source.batch):
         x = part.to(source.device).requires_grad_()
         with torch.enable_grad():
             features = source.differentiable(x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cortexloop.factor.factors import Factors
+from cortexloop.functional import factorized_readout
 
 Weights = Tensor | Factors
 Score = Literal["dot", "cosine", "corr", "mse", "l1", "corr_mask", "mse_mask", "l1_mask"]
@@ -77,8 +78,14 @@ def score(features: Tensor, weights: Weights, mode: Score = "dot", *, normalise:
 def linear_score(features: Tensor, weights: Weights) -> Tensor:
     """Sum over all elements of weights times features, [B, T]."""
     if isinstance(weights, Factors):
-        return torch.einsum("bchw,trhw,trc->bt", features, weights.masks, weights.vectors)
+        return readout(features, weights.masks, weights.vectors)
     return features.flatten(1) @ weights.flatten(1).T
+
+
+def readout(features: Tensor, masks: Tensor, vectors: Tensor) -> Tensor:
+    """`functional.factorized_readout`, without its remark that float64, which was asked for, runs in plain torch."""
+    backend = "reference" if features.dtype == torch.float64 else "auto"
+    return factorized_readout(features, masks, vectors, backend=backend)
 
 
 def paired_score(features: Tensor, weights: Weights, neurons: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def threshold(
     """Set to 0 the entries of a view whose correlation with the response may be chance.
 
     - "two_sided": |t| >= level (3) survives;
-    - "published": t >= level (3): only positive correlations, the default of the published code (T threshold (-inf, 3)),
-      although its factorization then splits positive from negative entries;
+    - "published": t >= level (3): only positive correlations, the default of the published code (T threshold
+      (-inf, 3)), although its factorization then splits positive from negative entries;
     - "negative": t <= -level (3);
     - "fdr": Benjamini-Hochberg over the living features of each neuron, two-sided, false discovery rate `level` (0.05);
     - "permutation": |correlation - mean| >= level (5) standard deviations, both over permutations of the responses;
-    - "familywise": |correlation| above what the largest one of any feature exceeds in a fraction `level` (0.05) of the
+    - "familywise": |t| above what the largest one of all features exceeds in a fraction `level` (0.05) of the
       permutations;
     - "none": everything survives.
 
@@ -88,12 +88,15 @@ def threshold(
     if kind == "none":
         survives = alive.expand_as(values)
         reached = values.new_zeros(len(values), dtype=torch.float64)
-    elif kind in ("permutation", "familywise"):
-        survives, reached = _by_permutations(moments, kind, chosen)
-        survives = survives & alive
+    elif kind == "permutation":
+        reached = values.new_full((len(values),), chosen, dtype=torch.float64)
+        survives = (moments.z().abs() >= chosen) & alive
     else:
         t = values if view == "t" else moments.t()
-        if kind == "fdr":
+        if kind == "familywise":
+            reached = moments.max_t_threshold(chosen).to(t.device, torch.float64)
+            survives = (t.abs().double() > reached[:, None, None, None]) & alive
+        elif kind == "fdr":
             reached = benjamini_hochberg(t.flatten(1)[:, alive.flatten()], moments.count - 2.0, chosen)
             survives = (t.abs().double() >= reached[:, None, None, None]) & alive
         else:
@@ -142,7 +145,9 @@ def two_sided_p(t: Tensor, freedom: float) -> Tensor:
     b = 48.0 * a * a
     z = torch.sqrt(a * torch.log1p(t.double().square() / freedom))
     z2 = z * z
-    z = z + z * (z2 + 3.0) / b - z * (((4.0 * z2 + 33.0) * z2 + 240.0) * z2 + 855.0) / (
-        10.0 * b * (b + 0.8 * z2 * z2 + 100.0)
+    z = (
+        z
+        + z * (z2 + 3.0) / b
+        - z * (((4.0 * z2 + 33.0) * z2 + 240.0) * z2 + 855.0) / (10.0 * b * (b + 0.8 * z2 * z2 + 100.0))
     )
     return torch.erfc(z / math.sqrt(2.0))

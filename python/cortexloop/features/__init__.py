@@ -9,7 +9,7 @@ May import: `functional` and leaves; torch and NumPy.
 from __future__ import annotations
 
 from cortexloop.features.bank import BankFeatures
-from cortexloop.features.base import FeatureSource
+from cortexloop.features.base import FeatureSource, Linearization
 from cortexloop.features.checkpoints import load_robust_checkpoint
 from cortexloop.features.layers import find_layer
 from cortexloop.features.module import ModuleFeatures
@@ -18,6 +18,7 @@ from cortexloop.features.preprocess import Preprocess
 __all__ = [
     "BankFeatures",
     "FeatureSource",
+    "Linearization",
     "ModuleFeatures",
     "Preprocess",
     "find_layer",

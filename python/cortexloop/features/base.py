@@ -58,6 +58,38 @@ class FeatureSource(abc.ABC):
             ValueError: wrong shape, size or device.
         """
 
+    def linearize(self, images: Images) -> Linearization:
+        """Features of some images, and their derivative, ready for any number of cotangents: one forward pass.
+
+        Args:
+            images: as for a call (on the source's device or another one); in one piece, so as many as memory holds.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+        """
+        levels = as_levels(images, self.device)
+        return GraphLinearization(self, levels if levels.is_floating_point() else levels.to(self.dtype))
+
+    def graph_bytes(self, height: int, width: int) -> int:
+        """Bytes that a linearization keeps for each image of this size: measured, by grey images.
+
+        What two images keep beyond one, so that weights do not count.
+        """
+        sizes = []
+        for count in (1, 2):
+            kept: dict[int, int] = {}
+
+            def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            grey = torch.full((count, height, width, 3), 128.0, dtype=self.dtype, device=self.device)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                graph = self.differentiable(grey.requires_grad_())
+            sizes.append(sum(kept.values()))
+            del graph
+        return max(0, sizes[1] - sizes[0])
+
     @abc.abstractmethod
     def _compute(self, images: Tensor) -> Tensor:
         """Features of one batch of checked images on the source's device; called without a graph."""
@@ -103,8 +135,70 @@ class FeatureSource(abc.ABC):
             return self._compute(images.to(self.device)).to(self.dtype)
 
 
-def as_images(images: Images) -> Tensor:
+class Linearization(abc.ABC):
+    """Features at some images, and the linear map from changes of the images to changes of the features.
+
+    Attributes:
+        features: [B, C, H, W], without a graph.
+    """
+
+    features: Tensor
+
+    @abc.abstractmethod
+    def pullback(self, cotangents: Tensor) -> Tensor:
+        """J^T h: d sum(cotangent * features) / d image, for K cotangents of each image.
+
+        Args:
+            cotangents: [B, K, C, H, W], of the features' dtype and device.
+
+        Returns:
+            [B, K, H, W, 3], per grey level.
+
+        Raises:
+            ValueError: another shape.
+        """
+
+    def _check(self, cotangents: Tensor) -> None:
+        b, *maps = self.features.shape
+        if cotangents.ndim != 5 or cotangents.shape[0] != b or list(cotangents.shape[2:]) != maps:
+            wanted = ", ".join(map(str, maps))
+            raise ValueError(f"cotangents should be [{b}, K, {wanted}], got {list(cotangents.shape)}")
+
+
+class GraphLinearization(Linearization):
+    """By torch's graph: one forward pass, then a backward pass for each cotangent of all images."""
+
+    def __init__(self, source: FeatureSource, images: Tensor) -> None:
+        with torch.enable_grad():
+            self._images = images.detach().clone().requires_grad_()
+            self._graph = source.differentiable(self._images)
+        self.features = self._graph.detach()
+
+    def pullback(self, cotangents: Tensor) -> Tensor:
+        self._check(cotangents)
+        count = cotangents.shape[1]
+        grads = torch.empty(
+            (len(self._images), count, *self._images.shape[1:]), dtype=self.features.dtype, device=self.features.device
+        )
+        for k in range(count):
+            grads[:, k] = torch.autograd.grad(self._graph, self._images, cotangents[:, k], retain_graph=True)[0]
+        return grads
+
+
+def as_levels(images: Images, device: torch.device) -> Tensor:
+    """Checked images on a device; values that look like 0..1 are let through, for paths that start at black.
+
+    Raises:
+        TypeError, ValueError: as `as_images`.
+    """
+    return as_images(images, unit_range=True).to(device)
+
+
+def as_images(images: Images, *, unit_range: bool = False) -> Tensor:
     """Images as a tensor [B, H, W, 3] (of the same memory where that can be).
+
+    Args:
+        unit_range: whether floating values that all lie in 0..1 are let through.
 
     Raises:
         TypeError: not an array, or a dtype that holds no levels.
@@ -124,7 +218,7 @@ def as_images(images: Images) -> Tensor:
     if tensor.dtype != torch.uint8 and tensor.dtype not in FLOATS:
         raise TypeError(f"images should be uint8 or floating levels 0..255, got {tensor.dtype}")
     check_shape(tensor)
-    if tensor.dtype != torch.uint8 and tensor.numel():
+    if tensor.dtype != torch.uint8 and tensor.numel() and not unit_range:
         low, high = (float(v) for v in torch.aminmax(tensor))
         if low >= 0 and 0 < high <= 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Gradient ascent on images: the loop that synthesized images of banks and of readouts share, and its Gaussian blur.
+"""Gradient ascent on images: the loop that synthesized images of banks and of readouts share.
 
 Source: Cowley et al., class_synth (synthesized images).
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from cortexloop.images import gaussian_blur
 
 # Part of the published normalisation. It matters: raw gradients have an RMS of 1.5e-5 to 7e-5, so it damps early steps.
 _RMS_EPSILON = 1e-5
@@ -81,7 +82,7 @@ def gradient_ascent(
     best_images, best = x.clone(), torch.full_like(reached, -sign * torch.inf)
     trajectory = torch.empty(len(x), steps, dtype=reached.dtype)
     for t in range(steps):
-        x = x + sign * step_size * _blurred(unit_rms(grad), blur)
+        x = x + sign * step_size * gaussian_blur(unit_rms(grad), blur)
         x = torch.minimum(torch.maximum(x, floor), ceiling)
         if project is not None:
             x = project(x)
@@ -97,23 +98,9 @@ def gradient_ascent(
         if observe is not None:
             observe(t, x, reached)
         if blurs_now and t < steps - 1:
-            x = _blurred(x, blur)
+            x = gaussian_blur(x, blur)
             grad, _ = gradient(x)
     return Climb(best_images, best, initial, trajectory)
-
-
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur over height and width, [..., H, W, C], each channel by itself.
-
-    Equals scipy.ndimage.gaussian_filter with its defaults: radius 4 sigma (rounded), edges mirrored about the border
-    between pixels ("reflect").
-
-    Raises:
-        ValueError: if `sigma` is negative.
-    """
-    if sigma < 0:
-        raise ValueError(f"sigma should not be negative, got {sigma}")
-    return _blurred(images, sigma)
 
 
 def unit_rms(grad: Tensor) -> Tensor:
@@ -121,21 +108,3 @@ def unit_rms(grad: Tensor) -> Tensor:
     # In float64, the order of the sum (which varies with batch and threads) vanishes in the rounding to float32.
     rms = grad.double().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     return grad / (rms + _RMS_EPSILON).to(grad.dtype)
-
-
-def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """Tap by tap with elementwise sums, so that the bits of an image depend on nothing else in the batch."""
-    if sigma == 0:
-        return x
-    radius = int(4.0 * sigma + 0.5)
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (weights / weights.sum())[radius:].tolist()  # of the centre and of one side
-    for axis in (-3, -2):
-        size = x.shape[axis]
-        mirrored = np.pad(np.arange(size), radius, mode="symmetric")
-        padded = x.index_select(axis, torch.from_numpy(mirrored).to(x.device))
-        total = x * taps[0]
-        for k, tap in enumerate(taps[1:], start=1):
-            total += (padded.narrow(axis, radius - k, size) + padded.narrow(axis, radius + k, size)) * tap
-        x = total
-    return x

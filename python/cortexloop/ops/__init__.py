@@ -8,6 +8,7 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 
 from __future__ import annotations
 
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.backends.registry import (
     OPS,
     BackendError,
@@ -35,25 +36,42 @@ from cortexloop.ops.evolution import (
     sample_codes,
     uniforms,
 )
+from cortexloop.ops.lasso import lasso_path
 from cortexloop.ops.moments import feature_moments
+from cortexloop.ops.nmf import nmf
+from cortexloop.ops.pullback import bank_pullback
+from cortexloop.ops.readout import (
+    factorized_readout,
+    factorized_readout_gradient,
+    point_readout,
+    point_readout_gradient,
+)
 
 __all__ = [
     "OPS",
     "BackendError",
     "BackendWarning",
     "Explanation",
+    "LassoSets",
     "Problem",
     "bank_activations",
     "bank_forward",
     "bank_input_gradient",
+    "bank_pullback",
     "bank_shape",
     "code_moments",
     "evaluate_forward",
     "evaluate_gradient",
     "explain",
+    "factorized_readout",
+    "factorized_readout_gradient",
     "feature_moments",
+    "lasso_path",
     "low_rank_product",
+    "nmf",
     "normals",
+    "point_readout",
+    "point_readout_gradient",
     "problem",
     "row_dots",
     "sample_codes",

@@ -1,6 +1,6 @@
 """Linear readouts of features, fitted for all neurons together: Ridge, Lasso, and what makes features fewer.
 
-    model = ridge(features, responses)              # [B, P], [B, T] -> LinearModel, alpha of each neuron by leave-one-out
+    model = ridge(features, responses)              # [n, P], [n, T] -> LinearModel; each neuron's alpha by leave-one-out
     model = lasso(features, responses, folds=5)
     fewer = PCA(750).fit(features).transform(features)
 
@@ -10,11 +10,16 @@ Computations run on the features' device in float64. May import: `functional`, t
 from __future__ import annotations
 
 from cortexloop.regression.folds import assign_folds
+from cortexloop.regression.lasso import ConvergenceWarning, LassoPath, lasso, lasso_path
 from cortexloop.regression.model import LinearModel
 from cortexloop.regression.ridge import ridge
 
 __all__ = [
+    "ConvergenceWarning",
+    "LassoPath",
     "LinearModel",
     "assign_folds",
+    "lasso",
+    "lasso_path",
     "ridge",
 ]

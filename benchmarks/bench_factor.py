@@ -1,0 +1,259 @@
+"""Factor models on a CPU: factorizing many neurons against a loop over scikit-learn, and predicting them all at once.
+
+    python benchmarks/bench_factor.py [--only nmf,predict] [--threads 1,2] [--record]
+
+Each part runs in a process of its own with a fixed number of threads; within a part, candidate and peers alternate.
+Before any clock starts, results are compared: our factors have to explain as much as scikit-learn's, and predictions
+have to equal a float64 sum; a candidate that is wrong gets no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+from sklearn.decomposition import NMF
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+import cortexloop as cl
+from bench_bank import WrongResultError, isa, show
+from cortexloop.factor import Factors, factorize, score
+from record import RESULTS, Contender, Row, append, machine, measure, provenance, quantiles
+
+OURS, SKLEARN = "cortexloop", "scikit-learn NMF, one neuron after another"
+TENSOR, FACTORED = "torch, full weights, one neuron after another", "torch, masks and vectors, one neuron after another"
+TOGETHER = "torch einsum, all neurons"
+NEURONS, RANK = 64, 3
+CHANNELS, SIZE, BORDER = 1024, 14, 1  # ResNet-50 layer3
+PEER_NEURONS = 8
+"""How many neurons a run of scikit-learn takes; times are per neuron. They take turns, so that all are seen."""
+BATCH = 32
+
+
+def covariances(neurons: int, channels: int = CHANNELS, size: int = SIZE) -> Tensor:
+    """Thresholded covariances [T, C, H, W] float32 as models of neurons have them: three places and noise."""
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:size, :size]
+    tensor = 0.02 * rng.standard_normal((neurons, channels, size, size)).astype(np.float32)
+    for t in range(neurons):
+        for _ in range(3):
+            x0, y0, s = *rng.uniform(3, size - 4, 2), rng.uniform(1, 3)
+            mask = np.exp(-((xx - x0) ** 2 + (yy - y0) ** 2) / (2 * s * s))
+            vector = 0.1 * rng.standard_normal(channels) * (rng.random(channels) < 0.3)
+            tensor[t] += (vector[:, None, None] * mask).astype(np.float32)
+    tensor[np.abs(tensor) < 0.03] = 0.0
+    return torch.from_numpy(tensor)
+
+
+def sklearn_error(tensor: Tensor) -> float:
+    """What the published code does for one neuron; squared error of the signed matrix."""
+    inner = tensor[:, BORDER:-BORDER, BORDER:-BORDER]
+    m = inner.flatten(1).T.numpy()
+    model = NMF(RANK, init="nndsvda", random_state=0, max_iter=200, tol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        w = model.fit_transform(np.concatenate([m.clip(0), (-m).clip(0)], axis=1))
+    h = model.components_[:, : len(inner)] - model.components_[:, len(inner) :]
+    return float(np.square(m - w @ h).sum())
+
+
+def check_factors(tensors: Tensor, found: Factors) -> None:
+    """Our factors explain as much as scikit-learn's.
+
+    Raises:
+        WrongResultError: they do not.
+    """
+    for t in range(PEER_NEURONS):
+        total = float(tensors[t, :, BORDER:-BORDER, BORDER:-BORDER].double().square().sum())
+        theirs = 1.0 - sklearn_error(tensors[t]) / total
+        ours = float(found.explained[t]) if found.explained is not None else 0.0
+        if ours < theirs - 1e-3:
+            raise WrongResultError(f"factors of neuron {t} explain {ours:.5f}, scikit-learn's {theirs:.5f}")
+
+
+def part_nmf(threads: int, budget: float) -> list[Row]:
+    """Masks and vectors of 64 neurons, 144 positions x 2048 signed channels."""
+    tensors = covariances(NEURONS)
+    check_factors(tensors, factorize(tensors[:PEER_NEURONS], rank=RANK, border=BORDER))
+    turn = [0]
+
+    def peer() -> None:
+        for _ in range(PEER_NEURONS):
+            sklearn_error(tensors[turn[0] % NEURONS])
+            turn[0] += 1
+
+    rows = _timed(
+        [(OURS, lambda: factorize(tensors, rank=RANK, border=BORDER), NEURONS), (SKLEARN, peer, PEER_NEURONS)],
+        case=f"posneg NMF, {NEURONS} neurons, 144 x 2048, rank {RANK}",
+        batch=NEURONS,
+        op="factorize",
+        direction="fit",
+        unit="ms/neuron",
+        threads=threads,
+        budget=budget,
+        rounds=(3, 6),
+    )
+    semi = _timed(
+        [(OURS, lambda: factorize(tensors, "semi_nmf", rank=RANK, border=BORDER), NEURONS)],
+        case=f"semi-NMF, {NEURONS} neurons, 144 x 1024, rank {RANK}",
+        batch=NEURONS,
+        op="factorize",
+        direction="fit",
+        unit="ms/neuron",
+        threads=threads,
+        budget=budget / 2,
+        rounds=(3, 6),
+    )
+    return rows + semi
+
+
+def part_predict(threads: int, budget: float) -> list[Row]:
+    """Scores of 64 neurons of rank 3 for 32 feature maps of ResNet-50 layer3."""
+    rng = np.random.default_rng(1)
+    factors = factorize(covariances(NEURONS), "svd", rank=RANK, border=BORDER)
+    features = torch.from_numpy(rng.gamma(1.0, 0.5, (BATCH, CHANNELS, SIZE, SIZE)).astype(np.float32))
+    weights = factors.tensor().flatten(1)
+
+    def full() -> Tensor:
+        return torch.stack([(features.flatten(1) * row).sum(1) for row in weights], dim=1)
+
+    def factored() -> Tensor:
+        columns = []
+        for masks, vectors in zip(factors.masks, factors.vectors, strict=True):
+            maps = torch.einsum("bchw,rc->brhw", features, vectors)
+            columns.append((maps * masks).sum((1, 2, 3)))
+        return torch.stack(columns, dim=1)
+
+    def together() -> Tensor:
+        t, r, c = factors.vectors.shape
+        maps = factors.vectors.reshape(t * r, c) @ features.flatten(2)
+        return (maps.view(BATCH, t, r, -1) * factors.masks.flatten(2)).sum((2, 3))
+
+    exact = features.double().flatten(1) @ weights.double().T
+    for name, run in ((OURS, lambda: score(features, factors)), (TENSOR, full), (FACTORED, factored)):
+        error = float((run().double() - exact).abs().max() / exact.std())
+        if error > 1e-4:
+            raise WrongResultError(f"scores of {name} differ by {error:.3g} standard deviations, at most 1e-4 is right")
+    return _timed(
+        [
+            (OURS, lambda: score(features, factors), BATCH),
+            (FACTORED, factored, BATCH),
+            (TENSOR, full, BATCH),
+            (TOGETHER, together, BATCH),
+        ],
+        case=f"{NEURONS} neurons of rank {RANK}, {CHANNELS} x {SIZE} x {SIZE}",
+        batch=BATCH,
+        op="factorized_readout",
+        direction="forward",
+        unit="ms/image",
+        threads=threads,
+        budget=budget,
+        rounds=(5, 60),
+    )
+
+
+PARTS: dict[str, Callable[[int, float], list[Row]]] = {"nmf": part_nmf, "predict": part_predict}
+
+
+def _timed(
+    entries: Sequence[tuple[str, Callable[[], Any], int]], *, budget: float, rounds: tuple[int, int], **row: Any
+) -> list[Row]:
+    """Rows of contenders (name, run, units of work per run), interleaved; ratios are to the first."""
+    contenders = [Contender(name, run, lambda: np.empty(0)) for name, run, _ in entries]
+    times = measure(contenders, budget=budget, min_rounds=rounds[0], max_rounds=rounds[1])
+    per_unit = {name: times[name] / units for name, _, units in entries}
+    first = entries[0][0]
+    rows = []
+    for name, seconds in per_unit.items():
+        q50, q20, q80 = quantiles(seconds * 1e3)
+        ratio, ratio_q20, ratio_q80 = quantiles(seconds / per_unit[first])
+        ours = name == OURS
+        version = cl.__version__ if ours else sklearn.__version__ if name == SKLEARN else torch.__version__
+        provided: dict[str, Any] = dict(provenance())
+        rows.append(
+            Row(
+                backend=name, version=version, isa=isa() if ours else "", metric="time", q50=q50, q20=q20, q80=q80,
+                rounds=len(seconds), ratio_to=first, ratio=ratio, ratio_q20=ratio_q20, ratio_q80=ratio_q80,
+                **row, **provided,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _child(part: str, threads: int, budget: float, rows_file: Path) -> None:
+    torch.set_num_threads(threads)
+    cl.set_num_threads(threads)
+    rows = PARTS[part](threads, budget)
+    rows_file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+
+
+def run_part(part: str, threads: int, budget: float) -> list[Row]:
+    """Run one part in a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; its own message is above.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CORTEXLOOP_NUM_THREADS")
+    environment = dict(os.environ, **dict.fromkeys(names, str(threads)))
+    with tempfile.TemporaryDirectory() as folder:
+        rows_file = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--child", part, "--threads", str(threads), "--budget", str(budget)]
+        command += ["--rows-file", str(rows_file)]
+        done = subprocess.run(command, env=environment, check=False, timeout=900)
+        if done.returncode != 0:
+            raise RuntimeError(f"part {part!r} with {threads} threads failed with exit code {done.returncode}")
+        return [Row(**row) for row in json.loads(rows_file.read_text(encoding="utf-8"))]
+
+
+def main() -> int:
+    """Measure, print, and on request record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas: {', '.join(PARTS)}")
+    parser.add_argument("--threads", default="1,2", help="thread counts, separated by commas")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds for each set of contenders")
+    parser.add_argument("--record", action="store_true", help=f"append rows to {RESULTS.name}/<machine>.csv")
+    parser.add_argument("--busy", action="store_true", help="record although other programs are using the processor")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        _child(options.child, int(options.threads), options.budget, options.rows_file)
+        return 0
+    parts = options.only.split(",")
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        parser.error(f"no part named {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if options.record and not options.busy and os.getloadavg()[0] > 0.75:
+        parser.error(f"the load average is {os.getloadavg()[0]:.1f}: wait until it is below 0.75, or add --busy")
+    start = time.perf_counter()
+    failed = []
+    for part in parts:
+        for threads in map(int, options.threads.split(",")):
+            try:
+                rows = run_part(part, threads, options.budget)
+            except RuntimeError as error:  # the other parts are still worth having
+                failed.append(str(error))
+                continue
+            show(rows)
+            if options.record and rows:
+                append(rows, RESULTS / f"{machine()}.csv")
+    print(f"{time.perf_counter() - start:.0f} s", *failed, sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
