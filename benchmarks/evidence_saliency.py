@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cortexloop.attribution import ParallelBackprop, Post, Readout
 from numpy.typing import NDArray
 
 import evidence
 from cortexloop import attribution, regression
+from cortexloop.attribution import ParallelBackprop, Post, Readout
 from evidence import Result
 
 LAYER, SIZE, PART, PARTS = 3, 112, 26, 3

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cortexloop.factor.moments import FeatureMoments
 from torch import Tensor
 
 from cortexloop import io
 from cortexloop.factor import FactorModel, Factors, factorize, fit_joint, score, threshold
 from cortexloop.factor.model import KIND
+from cortexloop.factor.moments import FeatureMoments
 from cortexloop.features import ModuleFeatures
 
 C, H, W = 8, 7, 6
