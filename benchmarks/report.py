@@ -1,4 +1,4 @@
-"""From recorded rows to the README's tables of performance, of GPUs, of evolution and of factor models, and to the list of targets.
+"""From recorded rows to the README's tables, and to the list of targets.
 
 python benchmarks/report.py            write the tables between the README's markers
 python benchmarks/report.py --check    exit code 1 if the README says anything else
