@@ -214,7 +214,7 @@ def tests_stage(backend: str, limit: float, *, rehearse: bool) -> Stage:
     ]
     command += ["-p", "no:cacheprovider", "--durations=5"]
     if rehearse:
-        command += ["--rehearse-gpu=stand-in", "-k", "cuda and (numpy or plans or pairs)"]
+        command += ["--rehearse-gpu=stand-in", "-k", "cuda and (numpy or plans or pairs or moments_exact)"]
         return Stage(
             f"tests {backend}", (tuple(command),), limit=limit, skipped="" if backend == "cuda" else "a rehearsal"
         )
