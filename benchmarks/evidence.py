@@ -3,7 +3,8 @@
     CORTEXLOOP_V4_DATA=folder python benchmarks/evidence_recovery.py [--quick] [--write]
 
 Each experiment prints its table; `--write` puts the numbers into `docs/results/<name>.csv` and the table between its
-markers in `docs/factor-models.md`. `--quick` runs a small part of everything, to see that it works; it cannot be written.
+markers in `docs/factor-models.md`. `--quick` runs a small part of everything, to see that it works, and is never
+written.
 """
 
 from __future__ import annotations

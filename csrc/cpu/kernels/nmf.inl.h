@@ -1,8 +1,8 @@
 // Non-negative factorization of one matrix, from its start to its end (see cortexloop/nmf.h).
 //
 // Work:   one task = one problem; nothing is shared between tasks, and no task leaves its core.
-// Memory: one pass over M per iteration. Two rows at a time, products with H give the rows' entries of W; their share of W X is
-//         added while the rows are still in the first-level cache. A matrix of 144 x 1024 (590 KB) stays in the second level.
+// Memory: one pass over M per iteration. Four rows (or two) at a time, products with H give the rows' entries of W; their share of
+//         W X is added while the rows are still in the first-level cache. A matrix of 144 x 1024 (590 KB) stays in the second level.
 // Order:  rows and columns one after the other; lanes of a row's products are summed at its end.
 #pragma once
 
@@ -15,8 +15,8 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kNmfRows = 2;     // rows that share loads of H
-constexpr int kNmfFactors = 4;  // factors whose sums are in registers together
+constexpr int kNmfRows = kRegisters == 32 ? 4 : 2;  // rows that share loads of H
+constexpr int kNmfFactors = 4;                      // factors whose sums or weights are in registers together
 
 CL_INLINE std::int64_t nmf_padded(std::int64_t columns) { return (columns + 15) / 16 * 16; }
 
@@ -62,11 +62,14 @@ CL_INLINE void nmf_products(const float* x, std::int64_t padded, const float* h,
   }
 }
 
-// wx[r, c] += sum_i W[r, row i] X[row i, c].
-template <int kRows, bool kSigned>
-CL_INLINE void nmf_accumulate(const float* x, std::int64_t padded, const float* w, std::int64_t rows, std::int64_t rank,
-                              float* wx) {
+// wx[r, c] += sum_i W[r, row i] X[row i, c], of kFactors factors.
+template <int kRows, int kFactors, bool kSigned>
+CL_INLINE void nmf_accumulate(const float* x, std::int64_t padded, const float* w, std::int64_t rows, float* wx) {
   const std::int64_t width = kSigned ? 2 * padded : padded;
+  vf weight[kRows][kFactors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int r = 0; r < kFactors; ++r) weight[i][r] = vset1(w[r * rows + i]);
+  }
   for (std::int64_t c = 0; c < padded; c += kLanes) {
     vf plus[kRows], minus[kRows];
     for (int i = 0; i < kRows; ++i) {
@@ -74,14 +77,14 @@ CL_INLINE void nmf_accumulate(const float* x, std::int64_t padded, const float* 
       plus[i] = kSigned ? vrelu(value) : value;
       minus[i] = kSigned ? vsub(plus[i], value) : value;
     }
-    for (std::int64_t r = 0; r < rank; ++r) {
+    for (int r = 0; r < kFactors; ++r) {
       float* out = wx + r * width + c;
       vf total = vload(out);
-      for (int i = 0; i < kRows; ++i) total = vfma(plus[i], vset1(w[r * rows + i]), total);
+      for (int i = 0; i < kRows; ++i) total = vfma(plus[i], weight[i][r], total);
       vstore(out, total);
       if (kSigned) {
         vf other = vload(out + padded);
-        for (int i = 0; i < kRows; ++i) other = vfma(minus[i], vset1(w[r * rows + i]), other);
+        for (int i = 0; i < kRows; ++i) other = vfma(minus[i], weight[i][r], other);
         vstore(out + padded, other);
       }
     }
@@ -105,22 +108,27 @@ CL_INLINE float nmf_row(const float* gram, const float* products, std::int64_t r
 }
 
 template <int kRows, bool kSigned>
-CL_INLINE float nmf_rows(const float* x, std::int64_t padded, const float* h, const float* gram, std::int64_t rows,
-                         std::int64_t rank, float l1, float* w, float* products, float* wx) {
+CL_NOINLINE float nmf_rows(const float* x, std::int64_t padded, const float* h, const float* gram, std::int64_t rows,
+                           std::int64_t rank, float l1, float* w, float* products, float* wx) {
   const std::int64_t width = kSigned ? 2 * padded : padded;
-  std::int64_t r = 0;
-  for (; r + kNmfFactors <= rank; r += kNmfFactors) {
+  const std::int64_t whole = rank / kNmfFactors * kNmfFactors, rest = rank - whole;
+  for (std::int64_t r = 0; r < whole; r += kNmfFactors) {
     nmf_products<kRows, kNmfFactors, kSigned>(x, padded, h + r * width, rank, products + r);
   }
-  switch (rank - r) {
-    case 3: nmf_products<kRows, 3, kSigned>(x, padded, h + r * width, rank, products + r); break;
-    case 2: nmf_products<kRows, 2, kSigned>(x, padded, h + r * width, rank, products + r); break;
-    case 1: nmf_products<kRows, 1, kSigned>(x, padded, h + r * width, rank, products + r); break;
-    default: break;
-  }
+  const float* h_rest = h + whole * width;
+  if (rest == 3) nmf_products<kRows, 3, kSigned>(x, padded, h_rest, rank, products + whole);
+  if (rest == 2) nmf_products<kRows, 2, kSigned>(x, padded, h_rest, rank, products + whole);
+  if (rest == 1) nmf_products<kRows, 1, kSigned>(x, padded, h_rest, rank, products + whole);
   float violation = 0.0f;
   for (int i = 0; i < kRows; ++i) violation += nmf_row(gram, products + i * rank, rank, l1, rows, w + i);
-  nmf_accumulate<kRows, kSigned>(x, padded, w, rows, rank, wx);
+  for (std::int64_t r = 0; r < whole; r += kNmfFactors) {
+    nmf_accumulate<kRows, kNmfFactors, kSigned>(x, padded, w + r * rows, rows, wx + r * width);
+  }
+  const float* w_rest = w + whole * rows;
+  float* wx_rest = wx + whole * width;
+  if (rest == 3) nmf_accumulate<kRows, 3, kSigned>(x, padded, w_rest, rows, wx_rest);
+  if (rest == 2) nmf_accumulate<kRows, 2, kSigned>(x, padded, w_rest, rows, wx_rest);
+  if (rest == 1) nmf_accumulate<kRows, 1, kSigned>(x, padded, w_rest, rows, wx_rest);
   return violation;
 }
 

@@ -28,9 +28,14 @@ def floats(values: Array, name: str, dims: int, *, finite: bool = True) -> Tenso
         tensor = tensor.float()
     if tensor.ndim != dims:
         raise ValueError(f"{name} should have {dims} axes, got shape {list(tensor.shape)}")
-    if finite and not bool(torch.isfinite(tensor).all()):
+    if finite and not all_finite(tensor):
         raise ValueError(f"{name} should be finite, got NaN or infinite values; leave those images or neurons out")
     return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In one pass over the memory where all is well: NaN and infinities survive a sum, but a sum can overflow."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def neuron_indices(neurons: Sequence[int] | Tensor | NDArray[Any], count: int) -> Tensor:

@@ -195,23 +195,29 @@ def reconstruction_quality(matrices: Tensor, masks: Tensor, vectors: Tensor) -> 
         1 - |M - Mhat|^2 / |M|^2, 1 - |M - Mhat| / |M|, and the Pearson correlation over elements, float64 [T] each; 0
         where a denominator is 0.
     """
-    squared = matrices.new_zeros(len(matrices), dtype=torch.float64)
-    r = squared.clone()
+    m_sum, total, rest = (matrices.new_zeros(len(matrices), dtype=torch.float64) for _ in range(3))
     size = matrices.shape[1] * matrices.shape[2]
     step = max(1, _CHUNK_BYTES // (size * matrices.element_size()))
     for start in range(0, len(matrices), step):
         part = slice(start, start + step)
-        m = matrices[part].flatten(1)
-        fit = (masks[part].mT @ vectors[part]).flatten(1)
-        total = m.square().sum(1, dtype=torch.float64)
-        rest = (m - fit).square().sum(1, dtype=torch.float64)
-        squared[part] = torch.where(total > 0, 1.0 - rest / total.clamp(min=1e-300), 0.0)
-        a, b = m - m.mean(1, keepdim=True), fit - fit.mean(1, keepdim=True)
-        norms = (a.square().sum(1, dtype=torch.float64) * b.square().sum(1, dtype=torch.float64)).sqrt()
-        r[part] = torch.where(norms > 0, (a * b).sum(1, dtype=torch.float64) / norms.clamp(min=1e-300), 0.0)
-    defined = matrices.flatten(1).any(1)
-    published = torch.where(defined, 1.0 - (1.0 - squared).clamp(min=0).sqrt(), 0.0)
-    return squared, published, r.clamp(-1.0, 1.0)
+        m = matrices[part]
+        difference = torch.baddbmm(m, masks[part].mT, vectors[part], alpha=-1).flatten(1)
+        rest[part] = torch.linalg.vector_norm(difference, dim=1).double().square()
+        total[part] = torch.linalg.vector_norm(m.flatten(1), dim=1).double().square()
+        m_sum[part] = m.flatten(1).sum(1).double()
+    h, v = masks.double(), vectors.double()
+    fit_square = ((h @ h.mT) * (v @ v.mT)).sum((1, 2))
+    fit_sum = (h.sum(2) * v.sum(2)).sum(1)
+    product = (total + fit_square - rest) / 2
+    defined = total > 0
+    explained = torch.where(defined, 1.0 - rest / total.clamp(min=1e-300), 0.0)
+    published = torch.where(defined, 1.0 - (1.0 - explained).clamp(min=0).sqrt(), 0.0)
+    spread = (total - m_sum.square() / size).clamp(min=0) * (fit_square - fit_sum.square() / size).clamp(min=0)
+    covariance = product - m_sum * fit_sum / size
+    # What is left of a constant by rounding is not a spread.
+    varies = spread > 1e-12 * total * fit_square
+    correlation = torch.where(varies, covariance / spread.clamp(min=1e-300).sqrt(), 0.0).clamp(-1.0, 1.0)
+    return explained, published, correlation
 
 
 def in_order(masks: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,16 +108,21 @@ def initial(matrices: Tensor, rank: int, signed: bool, init: str, seeds: list[in
     step = max(1, _START_BYTES // (n * width * matrices.element_size()))
     for start in range(0, count, step):
         part = slice(start, start + step)
-        x = split_signs(matrices[part]) if signed else matrices[part]
-        w[part], h[part] = _double_svd(x, rank)
+        w[part], h[part] = _double_svd(matrices[part], rank, signed)
     fill = mean if init == "nndsvda" else torch.zeros_like(mean)
     return torch.where(w < _TINY, fill, w), torch.where(h < _TINY, fill, h)
 
 
-def _double_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _double_svd(x: Tensor, rank: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Of X, or of the parts of each sign side by side: (|X| + X) / 2 and (|X| - X) / 2."""
     tiny = torch.finfo(x.dtype).tiny
-    u = leading_vectors(x @ x.mT, rank).to(x.dtype).mT  # [k, R, n]
+    size = x.abs() if signed else x
+    gram = (size @ size.mT + x @ x.mT) / 2 if signed else x @ x.mT
+    u = leading_vectors(gram, rank).to(x.dtype).mT  # [k, R, n]
     v = u @ x  # [k, R, m], times the singular value
+    if signed:
+        both = u @ size
+        v = torch.cat([both + v, both - v], dim=2) / 2
     strength = v.norm(dim=2, keepdim=True)
     v = v / strength.clamp(min=tiny)
     sides = [(u.clamp(min=0), v.clamp(min=0)), ((-u).clamp(min=0), (-v).clamp(min=0))]
