@@ -155,6 +155,7 @@ def point_readout_gradient(
     d_features: int,
     d_positions: int,
     d_vectors: int,
+) -> None: ...
 def nmf(
     matrices: int,
     problems: int,
