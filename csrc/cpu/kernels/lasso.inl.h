@@ -61,6 +61,7 @@ void lasso_join(const LassoSet& set, LassoState& s, std::int64_t feature) {
     }
     row[e] = set.diagonal[feature];
   }
+  s.square[e] = row[e];
   for (std::int64_t k = 0; k < e; ++k) s.products[k * s.capacity + e] = row[k];
 }
 
@@ -77,6 +78,7 @@ void lasso_make_room(LassoState& s) {
     if (kept != e) {
       s.members[kept] = s.members[e];
       s.place[s.members[kept]] = kept;
+      s.square[kept] = s.square[e];
       s.w[kept] = s.w[e];
       s.w_known[kept] = s.w_known[e];
       s.w_before[kept] = s.w_before[e];
@@ -95,18 +97,18 @@ struct LassoSums {
   double fitted;     // y'Xw
   double explained;  // y'Xw + r'Xw
   double steepest;   // largest |X'r| of a member
-  bool against;      // a weight's sign is not that of its gradient: 0 would be better
+  bool idle;         // there is a weight that would be better 0
 };
 
-CL_INLINE LassoSums lasso_sums(const LassoState& s, const double* gradient_of_member, const double* cross) {
+CL_INLINE LassoSums lasso_sums(const LassoState& s, const double* cross, double penalty) {
   LassoSums sums = {0.0, 0.0, 0.0, 0.0, false};
   for (std::int64_t e = 0; e < s.size; ++e) {
-    const double w = s.w[e], g = gradient_of_member[e], c = cross[s.members[e]];
+    const double w = s.w[e], g = s.inner[e], c = cross[s.members[e]];
     sums.norm += absolute(w);
     sums.fitted += c * w;
     sums.explained += (c + g) * w;
     if (absolute(g) > sums.steepest) sums.steepest = absolute(g);
-    if (w * g < 0.0) sums.against = true;
+    if (w != 0.0 && absolute(g + s.square[e] * w) <= penalty) sums.idle = true;
   }
   return sums;
 }
@@ -126,7 +128,7 @@ CL_INLINE void lasso_move(LassoState& s, std::int64_t e, double w) {
 }
 
 CL_INLINE double lasso_objective(const LassoState& s, const double* cross, double squares, double penalty) {
-  const LassoSums sums = lasso_sums(s, s.inner, cross);
+  const LassoSums sums = lasso_sums(s, cross, penalty);
   return 0.5 * (squares - sums.explained) + penalty * sums.norm;
 }
 
@@ -134,7 +136,7 @@ CL_INLINE double lasso_objective(const LassoState& s, const double* cross, doubl
 CL_NOINLINE bool lasso_sweep(LassoState& s, double penalty) {
   bool changed = false;
   for (std::int64_t e = 0; e < s.size; ++e) {
-    const double square = s.products[e * s.capacity + e];
+    const double square = s.square[e];
     const double pull = s.inner[e] + square * s.w[e];
     double w = 0.0;
     if (pull > penalty) w = (pull - penalty) / square;
@@ -197,7 +199,7 @@ void lasso_descend(LassoState& s, double penalty) {
 std::int64_t lasso_newton(LassoState& s, double penalty) {
   std::int64_t leaving = 0, entering = 0;
   for (std::int64_t e = 0; e < s.size; ++e) {
-    const double pull = s.inner[e] + s.products[e * s.capacity + e] * s.w[e];
+    const double pull = s.inner[e] + s.square[e] * s.w[e];
     if (s.slot[e] >= 0) {
       if (pull * s.sign[s.slot[e]] <= penalty) s.leaving[leaving++] = e;
     } else if (absolute(pull) > penalty) {
@@ -212,7 +214,7 @@ std::int64_t lasso_newton(LassoState& s, double penalty) {
     double signs[kBlock];
     for (int r = 0; r < count; ++r) {
       const std::int64_t e = s.entering[q + r];
-      signs[r] = s.inner[e] + s.products[e * s.capacity + e] * s.w[e] > 0.0 ? 1.0 : -1.0;
+      signs[r] = s.inner[e] + s.square[e] * s.w[e] > 0.0 ? 1.0 : -1.0;
     }
     lasso_activate(s, s.entering + q, signs, count);
   }
@@ -268,10 +270,10 @@ bool lasso_join_all(const LassoSet& set, LassoState& s, double limit) {
 }
 
 CL_INLINE double lasso_full_gap(const LassoSet& set, LassoState& s, const double* cross, double squares, double penalty,
-                                bool* against) {
+                                bool* idle) {
   for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
-  const LassoSums sums = lasso_sums(s, s.inner, cross);
-  *against = sums.against;
+  const LassoSums sums = lasso_sums(s, cross, penalty);
+  *idle = sums.idle;
   double steepest = 0.0;
   for (std::int64_t j = 0; j < set.features; ++j) {
     const double g = set.diagonal[j] == 0.0 ? 0.0 : absolute(s.gradient[j]);
@@ -299,9 +301,9 @@ void lasso_extrapolate(const LassoSet& set, LassoState& s, double ratio) {
 bool lasso_work(LassoState& s, const double* cross, double squares, double penalty, double aim, double allowed,
                 std::int64_t max_sweeps, std::int64_t* sweeps) {
   const auto gap_now = [&]() {
-    const LassoSums sums = lasso_sums(s, s.inner, cross);
+    const LassoSums sums = lasso_sums(s, cross, penalty);
     const double found = lasso_gap(sums, sums.steepest, squares, penalty);
-    return sums.against && found <= aim ? 2.0 * aim : found;
+    return sums.idle && found <= aim ? 2.0 * aim : found;
   };
   const std::size_t bytes = static_cast<std::size_t>(s.size) * sizeof(double);
   bool moved = false;
@@ -363,20 +365,20 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
     }
     lasso_extrapolate(set, s, ratio);
     std::int64_t sweeps = 0;
-    bool against = false;
-    double gap = lasso_full_gap(set, s, cross, squares, penalty, &against);
+    bool idle = false;
+    double gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     double limit = kNear * penalty;
     const double aim = kShare * allowed > kResolved * squares ? kShare * allowed : kResolved * squares;
     double before = 0.0;
-    for (bool moving = true; (gap > aim || against) && moving && sweeps < a.max_sweeps; limit = penalty) {
-      if (before > 0.0 && !against && gap <= allowed && gap > 0.5 * before)
+    for (bool moving = true; (gap > aim || idle) && moving && sweeps < a.max_sweeps; limit = penalty) {
+      if (before > 0.0 && !idle && gap <= allowed && gap > 0.5 * before)
         break;  // good enough, and hardly getting better
       before = gap;
       moving = lasso_join_all(set, s, limit);
       for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
       moving = lasso_work(s, cross, squares, penalty, aim, allowed, a.max_sweeps, &sweeps) || moving;
       lasso_refresh(set, s, responses);
-      gap = lasso_full_gap(set, s, cross, squares, penalty, &against);
+      gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     }
     double* weights = a.weights + (problem * a.n_penalties + k) * p;
     std::memset(weights, 0, static_cast<std::size_t>(p) * sizeof(double));

@@ -75,6 +75,7 @@ struct LassoState {
   std::int64_t* members;        // [capacity], their features
   std::int64_t* place;          // [features], number in the set or -1
   double* products;             // [capacity, capacity]
+  double* square;               // [capacity], diagonal of `products`
   double* w;                    // [capacity]
   double* w_known;              // [capacity], the weights that `gradient` belongs to
   double* w_before;             // [capacity], solution of the penalty before
@@ -110,7 +111,7 @@ CL_INLINE std::int64_t lasso_most_active(const LassoSets& sets) {
 
 std::int64_t lasso_scratch_doubles(const LassoSets& sets) {
   const std::int64_t c = lasso_capacity(sets), m = lasso_most_active(sets);
-  return c * c + 10 * c + 3 * whole_lines(sets.features) + 2 * whole_lines(sets.images) + m * m + (3 + kBlock) * m;
+  return c * c + 11 * c + 3 * whole_lines(sets.features) + 2 * whole_lines(sets.images) + m * m + (3 + kBlock) * m;
 }
 
 CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
@@ -131,6 +132,7 @@ CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
   s.root = take(m * m);
   s.members = take_indices(c);
   s.place = take_indices(p);
+  s.square = take(c);
   s.w = take(c);
   s.w_known = take(c);
   s.w_before = take(c);
