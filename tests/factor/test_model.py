@@ -137,7 +137,7 @@ def test_unusable_neurons_are_listed_and_everything_is_finite(data: tuple[Tensor
         {"level": 4.5},
         {"level": 4.5, "nonlinearity": None, "readout": "corr"},
         {"level": 4.5, "reduction": "mask"},
-        {"level": 4.5, "method": "svd", "rank": 3},
+        {"level": 4.5, "method": "svd"},
     ):
         model = fit((features, responses), **options)
         assert model.excluded["constant"] == [1]

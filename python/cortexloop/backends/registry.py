@@ -32,8 +32,8 @@ OPS = (
     "feature_moments",
     "factorized_readout",
     "point_readout",
-    "lasso_path",
     "nmf",
+    "lasso_path",
 )
 """What can be asked about; "sample_codes" stands for all operators on populations of codes, and the name of a readout
 for its gradients, too."""

@@ -9,6 +9,7 @@ May import: `functional`, `features`, `readouts`, `regression`, `metrics`, `io`,
 
 from __future__ import annotations
 
+from cortexloop.factor.baselines import Baseline
 from cortexloop.factor.controls import (
     Control,
     channel_permutation,
@@ -33,6 +34,7 @@ from cortexloop.factor.thresholds import Thresholded, threshold
 
 __all__ = [
     "Agreement",
+    "Baseline",
     "Control",
     "FactorModel",
     "Factors",

@@ -31,7 +31,7 @@ class Baseline:
 
     kind: Kind
     readout: Tensor
-    """[T, C, H, W] weights in the map; [T, C] for "average"."""
+    """[T, P] weights of what is read: of all C H W features, of their C means, or of a projection."""
     intercept: Tensor
     """float64 [T]"""
     linear: regression.LinearModel
@@ -99,15 +99,17 @@ class Baseline:
             reducer = regression.PCA(min(750, most) if components is None else components)
             reducer.fit(_flat(learned))
         elif kind == "srp":
-            reducer = regression.SparseRandomProjection("auto" if components is None else components, seed=seed)
-        parts = [_reduced(kind, reducer, features) for _, features in batches]
+            reducer = _projection(components, seed)
+        reduced = torch.cat([_reduced(kind, reducer, features) for _, features in batches])
         linear = fitting.regressed(
-            torch.cat(parts), y, regressor, alphas, folds, seed, unusable="exclude" if len(constant) else "error"
+            reduced, y, regressor, alphas, folds, seed, unusable="exclude" if len(constant) else "error"
         )
-        weights, intercept = _in_the_map(kind, reducer, linear, batches.shape)
+        readout, intercept = linear.weights, linear.intercept
+        if kind == "pca":
+            readout, intercept = _out_of_components(reducer, learned, readout, intercept)
         return cls(
             kind=kind,
-            readout=weights.float(),
+            readout=readout.float(),
             intercept=intercept,
             linear=linear,
             feature_shape=batches.shape,
@@ -115,7 +117,8 @@ class Baseline:
             excluded={"constant": constant.tolist()},
             settings={
                 "kind": kind,
-                "components": None if reducer is None else int(linear.weights.shape[1]),
+                "components": components,
+                "features": int(linear.weights.shape[1]),
                 "regressor": regressor,
                 "folds": folds,
                 "seed": seed,
@@ -141,17 +144,23 @@ class Baseline:
             )
         weights = self.readout.to(batches.device)
         predicted = weights.new_zeros(len(batches), len(self), dtype=torch.float64)
+        reducer = _projection(self.settings["components"], self.settings["seed"]) if self.kind == "srp" else None
         for part, features in batches:
-            x = features.mean((2, 3)) if self.kind == "average" else features.flatten(1)
-            predicted[part] = (x.to(weights) @ weights.flatten(1).T).double()
+            predicted[part] = (_reduced(self.kind, reducer, features).to(weights) @ weights.T).double()
         return (predicted + self.intercept.to(predicted)).float()
 
     def weights(self) -> Tensor:
-        """The readout in full, [T, C, H, W]."""
+        """The readout in full, [T, C, H, W].
+
+        Raises:
+            ValueError: for "srp", whose projection is not written out.
+        """
         c, h, w = self.feature_shape
+        if self.kind == "srp":
+            raise ValueError("a sparse random projection is not written out as weights of features; use another kind")
         if self.kind == "average":
             return (self.readout / (h * w))[..., None, None].expand(-1, c, h, w).contiguous()
-        return self.readout
+        return self.readout.view(-1, c, h, w)
 
     def report(
         self, inputs: Array, responses: Array, *, raw: Array | None = None, seed: int = 0
@@ -226,3 +235,29 @@ def _reduced(kind: Kind, reducer: Any, features: Tensor) -> Tensor:
     flat = features.flatten(1)
     reduced: Tensor = flat if reducer is None else reducer.transform(flat)
     return reduced
+
+
+def _projection(components: int | None, seed: int) -> Any:
+    return regression.SparseRandomProjection("auto" if components is None else components, seed=seed)
+
+
+def _out_of_components(
+    reducer: Any, learned: FeatureBatches, weights: Tensor, intercept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights of principal components [T, k] as weights of features [T, P], and the intercept that goes with them.
+
+    The scores Z of the images that the components were found on have orthogonal columns, so that the components are
+    diag(1 / |z|^2) Z' X: they need not be known, nor kept.
+    """
+    squares = weights.new_zeros(weights.shape[1])
+    for _, features in learned:
+        squares += reducer.transform(features.flatten(1)).double().square().sum(0)
+    scaled = weights / squares.clamp(min=1e-300)
+    found = weights.new_zeros(len(weights), int(np.prod(learned.shape)))
+    total = torch.zeros_like(found[0])
+    for _, features in learned:
+        flat = features.flatten(1)
+        coefficients = reducer.transform(flat).double() @ scaled.T  # [b, T]
+        found += coefficients.T @ flat.double()
+        total += flat.double().sum(0)
+    return found, intercept - found @ (total / len(learned))

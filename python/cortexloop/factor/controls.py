@@ -115,7 +115,10 @@ class Control:
 
 
 def channel_permutation(factors: Factors, *, seed: int) -> Control:
-    """Permute every vector over channels, each by itself: what is destroyed, where stays. Published: feature shuffle."""
+    """Permute every vector over channels, each by itself: what is destroyed, where stays.
+
+    Published: feature shuffle.
+    """
     t, r, c, _, _ = _shape(factors)
     rng = np.random.default_rng(seed)
     return _control("channel_permutation", factors, seed, {"channels": _permutations(rng, (t, r), c)})

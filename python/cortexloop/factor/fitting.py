@@ -128,10 +128,10 @@ def regress(
             else:
                 seen = factor_features(features, some)
             reduced[part] = seen.reshape(len(seen), len(chosen), width)
-        _settle_constant_columns(reduced)
+        constant = _settle_constant_columns(reduced)
         for place, neuron in enumerate(chosen):
             model = regressed(reduced[:, place], responses[:, neuron : neuron + 1], regressor, alphas, folds, seed)
-            beta = model.weights[0].to(masks)
+            beta = torch.where(constant[place], 0.0, model.weights[0].to(masks))
             alpha[neuron], intercept[neuron] = model.alpha[0], model.intercept[0]
             if reduction == "mask":
                 vectors[neuron] = beta.view(r, c)
@@ -144,11 +144,16 @@ def regress(
     return readout, alpha, intercept
 
 
-def _settle_constant_columns(reduced: Tensor) -> None:
-    """Give columns [n, k, P] that vary by no more than rounding one value, lest a regression find meaning in it."""
+def _settle_constant_columns(reduced: Tensor) -> Tensor:
+    """Give columns [n, k, P] that vary by no more than rounding one value, lest a regression find meaning in it.
+
+    Returns:
+        bool [k, P], which these are.
+    """
     low, high = reduced.amin(0), reduced.amax(0)
     negligible = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs())
     reduced.copy_(torch.where(negligible, low, reduced))
+    return negligible
 
 
 def regressed(
@@ -177,15 +182,45 @@ def report(predictions: NDArray[Any], responses: Array, raw: Array | None, seed:
     x, y = predictions.T, y.T
     found = {
         "pearson": metrics.pearson_r(x, y),
-        "spearman": metrics.spearman_r(x, y),
+        "spearman": spearman(x, y),
         "r2": metrics.coefficient_of_determination(x, y),
-        "fev": metrics.fev(x, y),
+        "fev": explained_variance(x, y),
     }
     if raw is not None:
         trials = as_numpy(floats(raw, "raw", 3, finite=False))
         if trials.shape[:2] != predictions.shape:
             raise ValueError(f"raw should be {[*predictions.shape, 'repeats']}, got {list(trials.shape)}")
-        found["ceiling"] = metrics.noise_ceiling(trials.transpose(1, 0, 2), seed=seed)
-        positive = found["ceiling"] > 0
-        found["normalised"] = np.where(positive, found["pearson"] / np.where(positive, found["ceiling"], 1.0), np.nan)
+        reliability = metrics.split_half(trials.transpose(1, 0, 2), seed=seed, spearman_brown=True)
+        positive = reliability > 0
+        found["ceiling"] = np.where(positive, np.sqrt(np.where(positive, reliability, 1.0)), np.nan)
+        found["normalised"] = found["pearson"] / found["ceiling"]
     return found
+
+
+def spearman(predictions: NDArray[Any], responses: NDArray[Any]) -> NDArray[np.float64]:
+    """Pearson correlation of ranks, equal values sharing their mean rank; [N, images] each, NaN = missing; [N]."""
+    missing = np.isnan(predictions) | np.isnan(responses)
+    ranked = [np.stack([_ranks(row, ~gap) for row, gap in zip(rows, missing, strict=True)])
+              for rows in (predictions, responses)]  # fmt: skip
+    return metrics.pearson_r(*ranked)
+
+
+def _ranks(values: NDArray[Any], shown: NDArray[np.bool_]) -> NDArray[np.float64]:
+    _, places, counts = np.unique(values[shown], return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = np.full(len(values), np.nan)
+    ranks[shown] = (last - (counts - 1) / 2)[places]
+    return ranks
+
+
+def explained_variance(predictions: NDArray[Any], responses: NDArray[Any]) -> NDArray[np.float64]:
+    """FEV, 1 - var(y - prediction) / var(y), [N]; unlike R^2 blind to an offset; nan where responses are constant."""
+    missing = np.isnan(predictions) | np.isnan(responses)
+    y = np.where(missing, np.nan, responses).astype(np.float64)
+    rest = y - predictions
+    found = []
+    for own, left in zip(y, rest, strict=True):
+        shown = ~np.isnan(own)
+        constant = not shown.any() or bool((own[shown] == own[shown][0]).all())
+        found.append(np.nan if constant else 1.0 - np.var(left[shown]) / np.var(own[shown]))
+    return np.asarray(found, dtype=np.float64)

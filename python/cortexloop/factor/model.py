@@ -227,7 +227,8 @@ class FactorModel:
 
         Returns:
             "pearson", "spearman", "r2" (coefficient of determination), "fev" (1 - var(y - prediction) / var(y)); with
-            `raw` also "ceiling" and "normalised" (pearson / ceiling). nan where a figure does not exist, such as a
+            `raw` also "ceiling" (what perfect predictions would reach: square root of the split-half reliability of
+            all repeats) and "normalised" (pearson / ceiling). nan where a figure does not exist, such as a
             correlation for the neurons in `excluded`, whose prediction is constant.
 
         Raises:

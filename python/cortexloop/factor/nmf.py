@@ -83,6 +83,9 @@ def batched_nmf(
         max_iterations=max_iterations,
         backend="reference" if scaled.dtype == torch.float64 else "auto",
     )
+    # Positions and channels of zeros have an exact optimum at 0, which rounding may miss by a hair.
+    occupied = scaled.ne(0)
+    w, h = w * occupied.any(2)[:, None], (h.view(len(h), -1, columns) * occupied.any(1)[:, None]).view_as(h)
     masks[present], vectors[present] = w, h * scale[present, None, None]
     iterations[present.cpu()] = steps
     return masks, vectors, iterations
@@ -139,7 +142,8 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
     gram = gram.double()
     n = gram.shape[-1]
     if n <= _EXACT_SVD_UP_TO:
-        return torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
+        exact: Tensor = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
+        return exact
     width = min(n, rank + 10)
     q = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gram)
     q = q.expand(*gram.shape[:-2], n, width)
@@ -147,7 +151,8 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
     for _ in range(8):
         q = torch.linalg.qr(twice @ q).Q
     inner = torch.linalg.eigh(q.mT @ gram @ q)
-    return (q @ inner.eigenvectors)[..., -rank:].flip(-1)
+    found: Tensor = (q @ inner.eigenvectors)[..., -rank:].flip(-1)
+    return found
 
 
 def batched_semi_nmf(
@@ -198,7 +203,8 @@ def batched_semi_nmf(
 
 def _inverse(h: Tensor) -> Tensor:
     """The pseudo-inverse of h h' [T, R, R]: a mask that has become 0 has no vector."""
-    return torch.linalg.pinv(h @ h.mT, hermitian=True, rtol=1e-10)
+    inverse: Tensor = torch.linalg.pinv(h @ h.mT, hermitian=True, rtol=1e-10)
+    return inverse
 
 
 def _sweep(h: Tensor, gram: Tensor, product: Tensor) -> None:
