@@ -2,10 +2,10 @@
 
     python benchmarks/evidence_images.py [--quick] [--write]
 
-For neurons of session 201025: covariance of the shared network's features with the recorded responses to images 1..600,
-factorized at rank 3; images climb the readout's score by gradient ascent. How strongly they drive the neuron is asked of
-an independent model: the neuron's own published compact model, a different network that was distilled without any of
-these weights. Dense weights are the same covariance before it is factorized, and ridge weights on all features.
+For neurons of session 201025: covariance of the shared network's features with the recorded responses to images 1 to
+600, factorized at rank 3; images climb the readout's score by gradient ascent. How strongly they drive the neuron is
+asked of an independent model: the neuron's own published compact model, a different network that was distilled without
+any of these weights. Dense weights are the same covariance before it is factorized, and ridge weights on all features.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     moments.update(maps, torch.from_numpy(responses).float())
     covariance = factor.threshold(moments, "two_sided").tensor
     low_rank = factor.factorize(covariance, "posneg_nmf", rank=RANK, border=1)
-    ridge = factor.DenseRidge.fit(None, maps, responses).weights()
+    ridge = factor.Baseline.fit(None, maps, responses, kind="dense").weights()
     readouts: dict[str, torch.Tensor | factor.Factors] = {
         f"rank {RANK}": low_rank,
         DENSE: factor.threshold(moments, "none").tensor,

@@ -2,11 +2,11 @@
 
     python benchmarks/evidence_saliency.py [--quick] [--write]
 
-Synthetic category-selective neurons. A category is three parts, patches of natural images, each with a place of its own;
-its exemplars show all three on natural backgrounds. A neuron is a ridge readout of the shared network's features that
-tells exemplars of its category from images of other categories. An object of no category shows one of these parts at
-its place, and parts of other categories elsewhere. Where the shared part lies is known; nothing about it is told to the
-methods. Chance is the part's share of the image (mass), 0.5 (area under the ROC curve), and that share again (peak).
+Synthetic category-selective neurons. A category is three parts, patches of natural images, each with a place of its
+own; its exemplars show all three on natural backgrounds. A neuron is a ridge readout of the shared network's features
+that tells exemplars of its category from images of other categories. An object of no category shows one of these parts
+at its place, and parts of other categories elsewhere. Where the shared part lies is known; nothing about it is told to
+the methods. Chance is the share of the image that the part takes (mass, peak) and 0.5 (area under the ROC curve).
 """
 
 from __future__ import annotations

@@ -45,10 +45,9 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 }  // namespace
 
-void bind_lasso(py::module_& m);
 void bind_bank_pullback(py::module_& m);
-void bind_nmf(py::module_& m);
-void bind_moments(py::module_& m);  // moments.cpp
+void bind_moments(py::module_& m);
+void bind_lasso(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "cortexloop's CPU kernels; use them through cortexloop.functional";
@@ -105,8 +104,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       py::arg("weights_ptr"), py::arg("weights_len"), py::arg("table_ptr"), py::arg("n_models"),
       py::arg("table_stride"), py::arg("pairs_ptr"), py::arg("cotangent_ptr"), py::arg("grad_ptr"),
       py::arg("responses_ptr"));
-
-  bind_bank_pullback(m);
 
   m.def(
       "random_rows",
@@ -198,8 +195,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       },
       py::arg("x_ptr"), py::arg("y_ptr"), py::arg("n_problems"), py::arg("columns"), py::arg("out_ptr"));
 
-  bind_lasso(m);
-
   py::class_<cpu::BankPlan>(m, "BankPlan")
       .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
                        std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
@@ -223,7 +218,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         check(status);
       });
 
-  bind_readout(m);
-  bind_nmf(m);
+  bind_bank_pullback(m);
+  bind_lasso(m);
   bind_moments(m);
+  bind_readout(m);
 }

@@ -7,9 +7,8 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/lasso.h"
-#include "readout_kernels.h"
 #include "cortexloop/moments.h"
-#include "cortexloop/nmf.h"
+#include "readout_kernels.h"
 
 namespace cortexloop {
 namespace cpu {
@@ -74,20 +73,14 @@ struct Kernels {
   void (*moments_block)(const float* codes, const float* weights, const float* centre, std::int64_t rows,
                         std::int64_t columns, std::int64_t count, float* first, float* second);
 
-  // One problem of a lasso, and the doubles of scratch that it needs.
-  std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
-  void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
-
-  ReadoutKernels readout;
-
   // Running moments of the columns [begin, end), `begin` a multiple of `moments_tile`; `scratch` is aligned to 64 bytes and has
   // `moments_scratch_bytes`.
   std::int64_t moments_tile, moments_scratch_bytes;
   void (*feature_moments)(const MomentsJob& job, std::int64_t begin, std::int64_t end, void* scratch);
-
-  // One factorization, and the floats of scratch that it needs.
-  std::int64_t (*nmf_scratch_floats)(const NmfArgs& args);
-  void (*nmf_problem)(const NmfArgs& args, std::int64_t problem, float* scratch);
+  // One problem of a lasso, and the doubles of scratch that it needs.
+  std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
+  void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
+  ReadoutKernels readout;
 };
 
 const Kernels* kernels_generic();

@@ -29,7 +29,10 @@ Status check(const PointReadoutShape& shape) {
 class Taps {
  public:
   Taps(const PointReadoutShape& shape, const float* positions, bool slopes)
-      : shape_(shape), positions_(positions), sets_(shape.shared_positions ? 1 : shape.batch), slopes_(slopes) {}
+      : shape_(shape),
+        positions_(positions),
+        sets_(shape.shared_positions ? 1 : shape.batch),
+        slopes_(slopes) {}
 
   std::int64_t numbers() const { return sets_ * shape_.neurons * (slopes_ ? 13 : 5); }
 

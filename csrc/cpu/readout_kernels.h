@@ -13,6 +13,7 @@ constexpr std::int32_t kBlockPadding = 16;   // a block's width is a multiple of
 constexpr std::int32_t kProductDepth = 512;  // positions summed in registers: 512 x 64 masks are 128 KB
 constexpr std::int32_t kPanelDepth = 128;    // the same of weights made on the way: 32 KB
 constexpr std::int32_t kColumns = 120;       // features at a time in the gradients by factors
+constexpr std::int32_t kGroupChannels = 4;   // channels that share a visit to the masks of some positions
 constexpr std::int32_t kTileImages = 128;    // images at a time there
 
 // Up to kBlockNeurons neurons, neighbours in memory; those from the last real one to `width` are zeros.
@@ -21,6 +22,11 @@ struct NeuronBlock {
   const float* vectors;  // [rank, channels, width]
   std::int64_t rank, channels, positions;
   std::int32_t width;
+};
+
+// Features at a time: some positions of some channels, so that the masks of these positions are fetched once for all of them.
+struct FeatureGroups {
+  std::int64_t channels, positions;
 };
 
 // Where a neuron looks: four taps (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1) from `base` on, their weights, and the weights'
@@ -45,10 +51,10 @@ struct ReadoutKernels {
   // One image, one block. `products`: room for kBlockNeurons * kBlockNeurons; out [width].
   void (*image)(const NeuronBlock& block, const float* image, float* products, float* out);
 
-  // All images, channels [first, last) of one block. `panel`: room for kPanelDepth * width, `products` for batch * width;
+  // All images, channels [first, last) of one block, groups of at most kPanelDepth features. `panel`: room for kPanelDepth * width, `products` for batch * width;
   // out [batch, width].
-  void (*images)(const NeuronBlock& block, const float* features, std::int64_t batch, std::int64_t first,
-                 std::int64_t last, float* panel, float* products, float* out);
+  void (*images)(const NeuronBlock& block, const FeatureGroups& groups, const float* features, std::int64_t batch,
+                 std::int64_t first, std::int64_t last, float* panel, float* products, float* out);
 
   // out += parts[0] + parts[1] + ..., `stride` apart, one after the other.
   void (*add)(const float* parts, std::int64_t n_parts, std::int64_t stride, std::int64_t count, float* out);
@@ -58,15 +64,24 @@ struct ReadoutKernels {
   void (*back_features)(const FactorizedReadoutGradientArgs& args, std::int64_t first, std::int32_t count,
                         std::int32_t columns, float* panel, float* tail);
 
-  // Channels [first, last) of one block: their part of d_masks, [rank, positions, width], and d_vectors, [rank, channels, width];
-  // null: not wanted. cotangent [batch, width]; `tile`: room for kTileImages * kColumns, `panel` for kColumns * width.
-  void (*back_factors)(const NeuronBlock& block, const float* cotangent, const float* features, std::int64_t batch,
-                       std::int64_t first, std::int64_t last, float* tile, float* panel, float* d_masks,
-                       float* d_vectors);
+  // Rank 1, one image, `rows` channels from `channel` on: out [rows, positions]. masks [neurons, padded], zeros at the end of each
+  // row. `scaled`: room for rows * neurons, `tail` for rows * kBlockPadding.
+  void (*back_image)(const FactorizedWeights& weights, const float* masks, std::int64_t padded, const float* cotangent,
+                     std::int64_t channel, std::int64_t rows, float* scaled, float* tail, float* out);
+
+  // panel[column, t] = sum over images of tile[image, column] cotangent[image, t], added to what is there if `add`.
+  // tile [images, kColumns], zeros from `columns` on; cotangent [images, width]; panel [kColumns, width].
+  void (*outer)(const float* tile, const float* cotangent, std::int32_t width, std::int64_t images,
+                std::int64_t columns, bool add, float* panel);
+
+  // Adds to d_masks [rank, positions, width] and d_vectors [rank, channels, width] what panel [channels, count, width] says of
+  // `channels` channels from `channel` on and `count` positions from `position` on.
+  void (*contract)(const NeuronBlock& block, const float* panel, std::int64_t channel, std::int64_t channels,
+                   std::int64_t position, std::int64_t count, float* d_masks, float* d_vectors);
 
   // rows[t, i] = panel[i, t], t < count.
-  void (*back_transpose)(const float* panel, std::int32_t width, std::int32_t count, std::int64_t length, std::int64_t stride,
-                         float* rows);
+  void (*back_transpose)(const float* panel, std::int32_t width, std::int32_t count, std::int64_t length,
+                         std::int64_t stride, float* rows);
 
   TapSteps (*point_taps)(const PointReadoutShape& shape, const float* positions, const PointTaps& taps);
 

@@ -102,6 +102,21 @@ def code_moments(
 ) -> None: ...
 def low_rank_product(x: int, left: int, right: int, rank: int, n_problems: int, columns: int, out: int) -> None: ...
 def row_dots(x: int, y: int, n_problems: int, columns: int, out: int) -> None: ...
+def feature_moments(
+    features: int,
+    dtype: int,
+    weights: int,
+    centred: int,
+    shift: int,
+    before: float,
+    batch: float,
+    images: int,
+    columns: int,
+    neurons: int,
+    mean: int,
+    m2: int,
+    cross: int,
+) -> None: ...
 def factorized_readout(
     features: int,
     batch: int,
@@ -155,38 +170,6 @@ def point_readout_gradient(
     d_features: int,
     d_positions: int,
     d_vectors: int,
-) -> None: ...
-def nmf(
-    matrices: int,
-    problems: int,
-    rows: int,
-    columns: int,
-    rank: int,
-    is_signed: bool,
-    l1_w: float,
-    l2_w: float,
-    l1_h: float,
-    l2_h: float,
-    tolerance: float,
-    max_iterations: int,
-    w: int,
-    h: int,
-    iterations: int,
-) -> None: ...
-def feature_moments(
-    features: int,
-    dtype: int,
-    weights: int,
-    centred: int,
-    shift: int,
-    before: float,
-    batch: float,
-    images: int,
-    columns: int,
-    neurons: int,
-    mean: int,
-    m2: int,
-    cross: int,
 ) -> None: ...
 
 class BankPlan:

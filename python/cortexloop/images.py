@@ -1,4 +1,7 @@
-"""Recentring, the only preprocessing of the compact models, and Gaussian blur. A leaf: NumPy, torch and `cortexloop.weights` only."""
+"""Recentring, the only preprocessing of the compact models, and Gaussian blur.
+
+A leaf: NumPy, torch and `cortexloop.weights` only.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ HOST = [
     "cpu/bank.cpp",
     "cpu/dispatch.cpp",
     "cpu/evolution.cpp",
+    "cpu/moments.cpp",
     "common/model_view.cpp",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]

@@ -24,7 +24,7 @@ constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int kPanelNeurons = kRegisters >= 32 ? 8 : 4;
 constexpr int kRowBlock = 128;     // a panel of 48 columns is 25 KB
 constexpr int kMomentsTile = 480;  // columns
-constexpr int kLine = 64;          // bytes
+constexpr int kCacheLine = 64;          // bytes
 static_assert(kMomentsTile % kPanel == 0, "no panel crosses tiles");
 static_assert(kResponseGroup % kPanelNeurons == 0, "no block of neurons crosses groups");
 
@@ -150,7 +150,7 @@ struct Ahead {
   std::int64_t left;    // lines in all
 
   CL_INLINE void ask() {
-    prefetch(row + line * kLine);
+    prefetch(row + line * kCacheLine);
     if (++line == lines) {
       line = 0;
       row += stride;
@@ -168,7 +168,7 @@ struct Ahead {
 template <class Element>
 CL_INLINE Ahead rows_ahead(const Element* first, std::int64_t rows, std::int64_t columns, std::int64_t count) {
   const auto bytes = static_cast<std::int64_t>(sizeof(Element));
-  const std::int64_t lines = (count * bytes + kLine - 1) / kLine;
+  const std::int64_t lines = (count * bytes + kCacheLine - 1) / kCacheLine;
   return {reinterpret_cast<const char*>(first), columns * bytes, static_cast<int>(lines), 0, rows * lines};
 }
 

@@ -16,7 +16,8 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr std::int32_t kMaps = 4;  // maps read at a time: the sums of a neuron are loaded and stored once for all of them
+constexpr std::int32_t kMaps =
+    4;  // maps read at a time: the sums of a neuron are loaded and stored once for all of them
 
 // Position p in pixels, 0 the centre of the first.
 CL_INLINE float pixel_of(float p, std::int64_t size, bool align_corners) {
@@ -33,8 +34,9 @@ struct AxisTaps {
 CL_INLINE AxisTaps axis_taps(float p, std::int64_t size, bool align_corners) {
   AxisTaps taps = {0, {0.0f, 0.0f}, {0.0f, 0.0f}};
   const float pixel = pixel_of(p, size, align_corners);
-  if (pixel != pixel) {  // NaN stays visible
-    taps.weight[0] = taps.weight[1] = taps.slope[0] = taps.slope[1] = pixel;
+  const float undefined = pixel - pixel;  // 0, or NaN for NaN and infinity, which stay visible
+  if (undefined != 0.0f) {
+    taps.weight[0] = taps.weight[1] = taps.slope[0] = taps.slope[1] = undefined;
     return taps;
   }
   if (pixel < -1.0f || pixel >= static_cast<float>(size)) return taps;

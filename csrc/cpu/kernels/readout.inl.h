@@ -3,8 +3,8 @@
 //   y[b, t] = sum_c sum_s x[b, c, s] w[t, c, s],   w[t, c, s] = sum_r v[t, r, c] m[t, r, s]
 //
 // Rank 1: one image at a time, products x m summed over s for a block of channels, weighed by v on the way out; a [C, T] map is
-// never larger than 64 x 64. Higher ranks: w of a few hundred features is made once, in cache, and multiplied with all images:
-// `rank` times fewer multiplications. Gradients go by w, too: dx = g w; and g x, from which dm and dv follow block by block.
+// never larger than 64 x 64. Higher ranks: w of a hundred features is made once, in cache, and multiplied with all images:
+// `rank` times fewer multiplications. So does dx = g w. For dm and dv, g x of a hundred features is made for all images together.
 // Order: features in blocks that the shapes decide, inside a block one after the other, each neuron in a lane of its own.
 #pragma once
 
@@ -81,51 +81,79 @@ void readout_image(const NeuronBlock& w, const float* image, float* products, fl
   }
 }
 
-// to[i] = sum of kTerms weights * rows[k][i], added to what is there if `add`; vectors `stride` apart.
-template <int kTerms>
-CL_INLINE void weigh_rows(const vf* weights, const float* rows, std::int64_t row_stride, std::int64_t stride,
-                          std::int64_t count, bool add, float* CL_RESTRICT to) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float* at = rows + i * stride;
-    vf sum = add ? vfma(weights[0], vload(at), vload(to + i * stride)) : vmul(weights[0], vload(at));
-    CL_UNROLL for (int k = 1; k < kTerms; ++k) sum = vfma(weights[k], vload(at + k * row_stride), sum);
-    vstore(to + i * stride, sum);
+// to[i] = sum of kTerms weights[k] * rows[k][i], added to what is there if `add`; kVectors neighbours of each row at a time.
+template <int kTerms, int kVectors>
+CL_INLINE void weigh_rows(const float* weights, std::int64_t weight_stride, const float* CL_RESTRICT rows,
+                          std::int64_t row_stride, std::int64_t width, std::int64_t count, bool add,
+                          float* CL_RESTRICT to) {
+  vf w[kTerms][kVectors];
+  CL_UNROLL for (int k = 0; k < kTerms; ++k) {
+    CL_UNROLL for (int v = 0; v < kVectors; ++v) w[k][v] = vload(weights + k * weight_stride + v * kLanes);
   }
-}
-
-// panel[i] = sum_r v[r, c] m[r, s + i], [count, width]; four factors at a time.
-CL_INLINE void block_weights(const NeuronBlock& w, std::int64_t c, std::int64_t s, std::int64_t count, float* panel) {
-  const std::int64_t row_stride = w.positions * w.width;
-  for (std::int32_t v = 0; v < w.width; v += kLanes) {
-    for (std::int64_t r = 0; r < w.rank; r += 4) {
-      const std::int64_t terms = smaller(4, w.rank - r);
-      vf weights[4];
-      for (std::int64_t k = 0; k < terms; ++k) weights[k] = vload(w.vectors + ((r + k) * w.channels + c) * w.width + v);
-      const float* rows = w.masks + (r * w.positions + s) * w.width + v;
-      switch (terms) {
-        case 1: weigh_rows<1>(weights, rows, row_stride, w.width, count, r > 0, panel + v); break;
-        case 2: weigh_rows<2>(weights, rows, row_stride, w.width, count, r > 0, panel + v); break;
-        case 3: weigh_rows<3>(weights, rows, row_stride, w.width, count, r > 0, panel + v); break;
-        default: weigh_rows<4>(weights, rows, row_stride, w.width, count, r > 0, panel + v);
-      }
+  for (std::int64_t i = 0; i < count; ++i) {
+    CL_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const float* at = rows + i * width + v * kLanes;
+      float* out = to + i * width + v * kLanes;
+      vf sum = add ? vfma(w[0][v], vload(at), vload(out)) : vmul(w[0][v], vload(at));
+      CL_UNROLL for (int k = 1; k < kTerms; ++k) sum = vfma(w[k][v], vload(at + k * row_stride), sum);
+      vstore(out, sum);
     }
   }
 }
 
-void readout_images(const NeuronBlock& w, const float* features, std::int64_t batch, std::int64_t first,
-                    std::int64_t last, float* panel, float* products, float* out) {
+constexpr int kTogether = kRegisters >= 32 ? 4 : 2;  // vectors: with four factors, half of the registers hold weights
+
+template <int kTerms>
+CL_INLINE void weigh_factors(const NeuronBlock& w, std::int64_t r, std::int64_t c, std::int64_t s, std::int64_t count,
+                             float* panel) {
+  const float* weights = w.vectors + (r * w.channels + c) * w.width;
+  const float* rows = w.masks + (r * w.positions + s) * w.width;
+  const std::int64_t weight_stride = w.channels * w.width, row_stride = w.positions * w.width;
+  std::int32_t v = 0;
+  for (; v + kTogether * kLanes <= w.width; v += kTogether * kLanes) {
+    weigh_rows<kTerms, kTogether>(weights + v, weight_stride, rows + v, row_stride, w.width, count, r > 0, panel + v);
+  }
+  for (; v < w.width; v += kLanes) {
+    weigh_rows<kTerms, 1>(weights + v, weight_stride, rows + v, row_stride, w.width, count, r > 0, panel + v);
+  }
+}
+
+// panel[i] = sum_r v[r, c] m[r, s + i], [count, width]; four factors at a time.
+CL_NOINLINE void block_weights(const NeuronBlock& w, std::int64_t c, std::int64_t s, std::int64_t count, float* panel) {
+  for (std::int64_t r = 0; r < w.rank; r += 4) {
+    switch (smaller(4, w.rank - r)) {
+      case 1: weigh_factors<1>(w, r, c, s, count, panel); break;
+      case 2: weigh_factors<2>(w, r, c, s, count, panel); break;
+      case 3: weigh_factors<3>(w, r, c, s, count, panel); break;
+      default: weigh_factors<4>(w, r, c, s, count, panel);
+    }
+  }
+}
+
+void readout_images(const NeuronBlock& w, const FeatureGroups& groups, const float* features, std::int64_t batch,
+                    std::int64_t first, std::int64_t last, float* panel, float* products, float* out) {
   std::memset(out, 0, float_bytes(batch * w.width));
   const std::int64_t stride = w.channels * w.positions;
-  const std::int64_t together = w.positions < kPanelDepth ? kPanelDepth / w.positions : 1;  // channels in a panel
-  const std::int64_t pieces = (w.positions + kPanelDepth - 1) / kPanelDepth;                // panels of a channel
-  const std::int64_t most = (w.positions + pieces - 1) / pieces;
-  for (std::int64_t c = first; c < last; c += together) {
-    const std::int64_t channels = smaller(together, last - c);
-    for (std::int64_t s = 0; s < w.positions; s += most) {
-      const std::int64_t count = smaller(most, w.positions - s);
-      for (std::int64_t i = 0; i < channels; ++i) block_weights(w, c + i, s, count, panel + i * count * w.width);
-      multiply(features + c * w.positions + s, stride, batch, panel, w.width, channels * count, w.width / kLanes,
-               products, w.width);
+  const float* a[kPanelDepth];
+  const float* b[kPanelDepth];
+  for (std::int64_t c = first; c < last; c += groups.channels) {
+    const std::int64_t channels = smaller(groups.channels, last - c);
+    for (std::int64_t s = 0; s < w.positions; s += groups.positions) {
+      const std::int64_t count = smaller(groups.positions, w.positions - s);
+      const bool whole = count == w.positions;  // then channels follow each other in memory
+      for (std::int64_t i = 0; i < channels; ++i) {
+        a[i] = features + (c + i) * w.positions + s;
+        b[i] = panel + i * count * w.width;
+        block_weights(w, c + i, s, count, panel + i * count * w.width);
+      }
+      GemmArgs g = plain_product(a, stride, b, w.width, static_cast<std::int32_t>(whole ? channels * count : count),
+                                 static_cast<std::int32_t>(batch));
+      g.segments = whole ? 1 : static_cast<std::int32_t>(channels);
+      g.vectors = w.width / kLanes;
+      g.out = products;
+      g.out_vector_stride = kLanes;
+      g.out_pixel_stride = w.width;
+      gemm<ExactProduct>(g);
       for (std::int64_t i = 0; i < batch * w.width; i += kLanes) {
         vstore(out + i, vadd(vload(out + i), vload(products + i)));
       }
@@ -195,6 +223,23 @@ void readout_back_features(const FactorizedReadoutGradientArgs& a, std::int64_t 
   }
 }
 
+// Rank 1, one image, `rows` channels from c on: dx[c, s] = sum_t (g[t] v[t, c]) m[t, s]; masks in rows of `padded` numbers.
+void readout_back_image(const FactorizedWeights& w, const float* masks, std::int64_t padded, const float* cotangent,
+                        std::int64_t c, std::int64_t rows, float* weights, float* tail, float* out) {
+  for (std::int64_t t = 0; t < w.neurons; ++t) {
+    const float* vector = w.vectors + t * w.channels + c;
+    for (std::int64_t i = 0; i < rows; ++i) weights[i * w.neurons + t] = cotangent[t] * vector[i];
+  }
+  const std::int64_t whole = w.positions / kLanes * kLanes, rest = w.positions - whole;
+  multiply(weights, w.neurons, rows, masks, padded, w.neurons, whole / kLanes, out, w.positions);
+  if (rest > 0) {
+    multiply(weights, w.neurons, rows, masks + whole, padded, w.neurons, 1, tail, kLanes);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      std::memcpy(out + i * w.positions + whole, tail + i * kLanes, float_bytes(rest));
+    }
+  }
+}
+
 // out[p][n] (+)= sum_d a[d * kColumns + p] b[d * ldb + n * kLanes]: neighbouring columns p in rows of a, P x N in registers.
 template <int P, int N>
 CL_INLINE void outer_block(const float* a, const float* b, std::int64_t ldb, std::int64_t depth, bool add, float* out) {
@@ -224,8 +269,8 @@ constexpr int kOuterColumns = 6;
 static_assert(kColumns % kOuterColumns == 0, "columns come in whole blocks");
 
 // panel[column][neuron] = sum over images of tile[image][column] cotangent[image][neuron].
-CL_NOINLINE void outer_product(const float* tile, const float* cotangent, std::int32_t width, std::int64_t images,
-                               std::int64_t columns, bool add, float* panel) {
+void readout_outer(const float* tile, const float* cotangent, std::int32_t width, std::int64_t images,
+                   std::int64_t columns, bool add, float* panel) {
   constexpr int kVectors = kRegisters >= 32 ? 4 : 2;
   for (std::int64_t column = 0; column < columns; column += kOuterColumns) {
     float* out = panel + column * width;
@@ -239,55 +284,47 @@ CL_NOINLINE void outer_product(const float* tile, const float* cotangent, std::i
   }
 }
 
-// One channel, one factor, one vector of neurons: d_mask += vector * panel, d_vector += sum of mask * panel.
-template <bool kMasks, bool kVectors>
-CL_INLINE void contract(const float* CL_RESTRICT panel, const float* CL_RESTRICT mask, vf vector, std::int64_t width,
-                        std::int64_t count, float* CL_RESTRICT d_mask, float* d_vector) {
-  vf sum = kVectors ? vload(d_vector) : vzero();
-  for (std::int64_t i = 0; i < count; ++i) {
-    const vf value = vload(panel + i * width);
-    if (kVectors) sum = vfma(vload(mask + i * width), value, sum);
-    if (kMasks) vstore(d_mask + i * width, vfma(vector, value, vload(d_mask + i * width)));
+// kChannels channels, one factor, one vector of neurons: d_mask += vector * panel, d_vector += sum of mask * panel.
+// Channels are `channel` apart in the panel, and `width` in the vectors.
+template <int kChannels>
+CL_INLINE void contract(const float* CL_RESTRICT panel, std::int64_t channel, const float* CL_RESTRICT mask,
+                        const float* CL_RESTRICT vectors, std::int64_t width, std::int64_t count,
+                        float* CL_RESTRICT d_mask, float* CL_RESTRICT d_vectors) {
+  vf weight[kChannels], sum[kChannels];
+  CL_UNROLL for (int k = 0; k < kChannels; ++k) {
+    weight[k] = vload(vectors + k * width);
+    sum[k] = vload(d_vectors + k * width);
   }
-  if (kVectors) vstore(d_vector, sum);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const vf of_mask = vload(mask + i * width);
+    vf gradient = vload(d_mask + i * width);
+    CL_UNROLL for (int k = 0; k < kChannels; ++k) {
+      const vf value = vload(panel + k * channel + i * width);
+      sum[k] = vfma(of_mask, value, sum[k]);
+      gradient = vfma(weight[k], value, gradient);
+    }
+    vstore(d_mask + i * width, gradient);
+  }
+  CL_UNROLL for (int k = 0; k < kChannels; ++k) vstore(d_vectors + k * width, sum[k]);
 }
 
-void readout_back_factors(const NeuronBlock& w, const float* cotangent, const float* features, std::int64_t batch,
-                          std::int64_t first, std::int64_t last, float* tile, float* panel, float* d_masks,
-                          float* d_vectors) {
-  const std::int64_t stride = w.channels * w.positions, end = last * w.positions;
-  if (d_masks != nullptr) std::memset(d_masks, 0, float_bytes(w.rank * w.positions * w.width));
-  for (std::int64_t start = first * w.positions; start < end; start += kColumns) {
-    const std::int64_t columns = smaller(kColumns, end - start);
-    if (batch == 0) std::memset(panel, 0, float_bytes(columns * w.width));
-    for (std::int64_t image = 0; image < batch; image += kTileImages) {
-      const std::int64_t images = smaller(kTileImages, batch - image);
-      for (std::int64_t b = 0; b < images; ++b) {  // together, padded with zeros: images are pages apart
-        std::memcpy(tile + b * kColumns, features + (image + b) * stride + start, float_bytes(columns));
-        std::memset(tile + b * kColumns + columns, 0, float_bytes(kColumns - columns));
-      }
-      outer_product(tile, cotangent + image * w.width, w.width, images, columns, image > 0, panel);
-    }
-    for (std::int64_t feature = start; feature < start + columns;) {
-      const std::int64_t c = feature / w.positions, s = feature % w.positions;
-      const std::int64_t count = smaller(w.positions - s, start + columns - feature);
-      for (std::int64_t r = 0; r < w.rank; ++r) {
-        const std::int64_t mask = (r * w.positions + s) * w.width, at = (r * w.channels + c) * w.width;
-        if (d_vectors != nullptr && s == 0) std::memset(d_vectors + at, 0, float_bytes(w.width));
-        for (std::int32_t v = 0; v < w.width; v += kLanes) {
-          const float* values = panel + (feature - start) * w.width + v;
-          const vf vector = vload(w.vectors + at + v);
-          if (d_masks == nullptr) {
-            contract<false, true>(values, w.masks + mask + v, vector, w.width, count, nullptr, d_vectors + at + v);
-          } else if (d_vectors == nullptr) {
-            contract<true, false>(values, w.masks + mask + v, vector, w.width, count, d_masks + mask + v, nullptr);
-          } else {
-            contract<true, true>(values, w.masks + mask + v, vector, w.width, count, d_masks + mask + v,
-                                 d_vectors + at + v);
-          }
+void readout_contract(const NeuronBlock& w, const float* panel, std::int64_t c, std::int64_t channels, std::int64_t s,
+                      std::int64_t count, float* d_masks, float* d_vectors) {
+  for (std::int64_t r = 0; r < w.rank; ++r) {
+    const std::int64_t mask = (r * w.positions + s) * w.width;
+    for (std::int64_t k = 0; k < channels; k += kGroupChannels) {
+      const std::int64_t at = (r * w.channels + c + k) * w.width, channel = count * w.width;
+      for (std::int32_t v = 0; v < w.width; v += kLanes) {
+        const float* values = panel + k * channel + v;
+        const float *masks = w.masks + mask + v, *vectors = w.vectors + at + v;
+        float *to_masks = d_masks + mask + v, *to_vectors = d_vectors + at + v;
+        switch (smaller(kGroupChannels, channels - k)) {
+          case 1: contract<1>(values, channel, masks, vectors, w.width, count, to_masks, to_vectors); break;
+          case 2: contract<2>(values, channel, masks, vectors, w.width, count, to_masks, to_vectors); break;
+          case 3: contract<3>(values, channel, masks, vectors, w.width, count, to_masks, to_vectors); break;
+          default: contract<4>(values, channel, masks, vectors, w.width, count, to_masks, to_vectors);
         }
       }
-      feature += count;
     }
   }
 }

@@ -6,7 +6,6 @@
 #include "evolution.inl.h"
 #include "lasso.inl.h"
 #include "moments.inl.h"
-#include "nmf.inl.h"
 #include "point_readout.inl.h"
 #include "readout.inl.h"
 
@@ -25,8 +24,10 @@ constexpr bool kHasFast = false;
 #endif
 
 constexpr ReadoutKernels kReadoutKernels = {
-    readout_transpose,      readout_image, readout_images, readout_add,    readout_back_features, readout_back_factors,
-    readout_back_transpose, point_taps,    point_sums,     point_features, point_scatter};
+    readout_transpose,      readout_image,      readout_images, readout_add,
+    readout_back_features,  readout_back_image, readout_outer,  readout_contract,
+    readout_back_transpose, point_taps,         point_sums,     point_features,
+    point_scatter};
 
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
@@ -41,14 +42,12 @@ constexpr Kernels make_kernels(const char* name) {
                  low_rank_row,
                  dot,
                  moments_block,
-                 lasso_scratch_doubles,
-                 lasso_problem,
-                 kReadoutKernels,
                  kMomentsTile,
                  kMomentsScratchBytes,
                  moments_columns,
-                 nmf_scratch_floats,
-                 nmf_problem};
+                 lasso_scratch_doubles,
+                 lasso_problem,
+                 kReadoutKernels};
 }
 
 }  // namespace

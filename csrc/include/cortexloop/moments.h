@@ -6,7 +6,7 @@
 //   m2    += sum_i w_i (x_i - xb)^2 + f * d^2
 //   mean  += d * batch / (before + batch)
 //
-// A column is computed by itself, images in order, so its bits depend on neither threads nor other columns.
+// A column is computed by itself, images in one order, so its bits depend on neither threads nor other columns.
 #pragma once
 
 #include <cstdint>
@@ -35,4 +35,12 @@ namespace cpu {
 Status feature_moments(const FeatureMomentsArgs& args);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Launches one kernel on a stream of a device and returns; allocates nothing, does not wait, can be captured in a graph
+// (which then keeps `before` and `batch`). All addresses are of device memory.
+Status feature_moments(const FeatureMomentsArgs& args, int device, void* stream);
+
+}  // namespace cuda
 }  // namespace cortexloop

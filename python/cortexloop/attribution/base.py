@@ -31,6 +31,11 @@ class Selection:
     paired: bool
 
 
+def floating(levels: Tensor, target: Target) -> Tensor:
+    """Levels as float32, or as float64 if they or the target are."""
+    return levels.to(torch.float64 if torch.float64 in (levels.dtype, target.dtype) else torch.float32)
+
+
 def select(target: Target, batch: int, neurons: Neurons | None, pairs: Neurons | None) -> Selection:
     """Checked positions of neurons.
 
@@ -120,8 +125,7 @@ class Method(abc.ABC):
 
     def _inputs(self, images: Images, neurons: Neurons | None, pairs: Neurons | None) -> tuple[Tensor, Selection]:
         """Floating levels on the target's device, and what is to be done with them."""
-        levels = as_levels(images, self.target.device)
-        levels = levels if levels.dtype == torch.float64 else levels.to(torch.float32)
+        levels = floating(as_levels(images, self.target.device), self.target)
         return levels, select(self.target, len(levels), neurons, pairs)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cortexloop.attribution.base import MEMORY, Baseline, Neurons, chunks, reference_levels, select
+from cortexloop.attribution.base import MEMORY, Baseline, Neurons, chunks, floating, reference_levels, select
 from cortexloop.attribution.integrated import path_nodes
 from cortexloop.attribution.post import Post
 from cortexloop.attribution.targets import Readout
@@ -229,8 +229,8 @@ class ParallelBackprop:
         Raises:
             TypeError, ValueError: what does not fit; too little `memory`.
         """
-        levels, others = (as_levels(x, self.source.device) for x in (images, references))
-        levels, others = (x if x.dtype == torch.float64 else x.to(torch.float32) for x in (levels, others))
+        device = self.source.device
+        levels, others = (floating(as_levels(x, device), self.target) for x in (images, references))
         chosen = select(self.target, len(levels), neurons, None).neurons
         batch, count = len(levels), len(chosen)
         if index is None:
@@ -255,7 +255,7 @@ class ParallelBackprop:
                 weights = self._signed(chosen[part[:, 1]])
                 cotangents = self._cotangents(weights, far[position][None], near[part[:, 0]])
                 maps = self._pulled(others[position : position + 1], cotangents[None])[0]
-                second[part[:, 0], part[:, 1]] = self.post(maps)
+                second[part[:, 0], part[:, 1]] = self.post(maps).to(second.dtype)
         return PairMaps(first, second, similarity)
 
     def _side(
@@ -270,7 +270,7 @@ class ParallelBackprop:
                 theirs = far[index[b, columns]]
                 cotangents = self._cotangents(weights, near[b][None], theirs)
                 similarity[b, columns] = self._pair_similarity(self._metric(chosen[columns]), near[b], theirs)
-                whole[b, columns] = self.post(self._pulled(levels[b : b + 1], cotangents[None])[0])
+                whole[b, columns] = self.post(self._pulled(levels[b : b + 1], cotangents[None])[0]).to(whole.dtype)
         return whole
 
     def _split(self, items: Tensor, levels: Tensor) -> list[Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from cortexloop.bank import ModelBank
 from cortexloop.features import BankFeatures, FeatureSource, ModuleFeatures
 from cortexloop.functional import input_gradient, responses
 from cortexloop.images import recenter
+from cortexloop.weights import SharedCompactWeights
 
 
 class Target(abc.ABC):
@@ -63,7 +66,7 @@ class BankTarget(Target):
 
     Args:
         bank: N models.
-        backend: see `responses`.
+        backend: see `responses`. "auto" takes the reference for float64 images, which only it computes.
     """
 
     def __init__(self, bank: ModelBank, *, backend: str = "auto") -> None:
@@ -73,12 +76,15 @@ class BankTarget(Target):
         self._selected: tuple[tuple[int, ...], ModelBank] | None = None
 
     def responses(self, levels: Tensor, neurons: Tensor, paired: bool) -> Tensor:
-        shown = recenter(levels, self.bank.image_mean)
+        shown, backend = recenter(levels, self.bank.image_mean), self._backend(levels)
         if paired:
-            return responses(shown, self.bank, pairs=neurons, backend=self.backend)
+            return responses(shown, self.bank, pairs=neurons, backend=backend)
         if torch.equal(neurons.cpu(), torch.arange(self.neurons)):
-            return responses(shown, self.bank, backend=self.backend)
-        return responses(shown, self._some(neurons), backend=self.backend)
+            return responses(shown, self.bank, backend=backend)
+        return responses(shown, self._some(neurons), backend=backend)
+
+    def _backend(self, levels: Tensor) -> str:
+        return "reference" if self.backend == "auto" and levels.dtype == torch.float64 else self.backend
 
     def gradients(self, levels: Tensor, neurons: Tensor, paired: bool) -> Tensor:
         shown = recenter(levels, self.bank.image_mean)
@@ -100,11 +106,18 @@ class BankTarget(Target):
 
     def _paired(self, shown: Tensor, neurons: Tensor) -> Tensor:
         ones = torch.ones(len(shown), dtype=shown.dtype, device=shown.device)
-        return input_gradient(shown, self.bank, ones, pairs=neurons, backend=self.backend)
+        return input_gradient(shown, self.bank, ones, pairs=neurons, backend=self._backend(shown))
 
     def memory(self, height: int, width: int) -> tuple[int, int]:
         image = height * width * 3 * 4
         return 3 * image, 4 * image
+
+
+class _Factors(NamedTuple):
+    """See `FactorsLike`."""
+
+    masks: Tensor
+    vectors: Tensor
 
 
 class Readout(Target):
@@ -147,6 +160,19 @@ class Readout(Target):
             self.bias = bias.detach().to(self.device, self.dtype)
         self.zero = zero_level(source) if zero is None else zero
         self._memory: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    @classmethod
+    def of_shared(cls, weights: SharedCompactWeights, *, device: torch.device | str = "cpu") -> Readout:
+        """All neurons of a shared compact model, its trunk on the bank's kernels.
+
+        Raises:
+            ValueError: a model without ReLUs, which banks do not hold.
+        """
+        mixing, spatial = (torch.from_numpy(np.asarray(a, np.float64)) for a in (weights.mixing, weights.spatial))
+        bias = torch.from_numpy(np.asarray(weights.spatial_bias, np.float64))
+        bias = bias + torch.from_numpy(np.asarray(weights.mixing_bias, np.float64)) * spatial.sum((0, 1))
+        factors = _Factors(spatial.permute(2, 0, 1)[:, None], mixing.T[:, None])
+        return cls(BankFeatures.of_weights(weights, device=device), factors, bias)
 
     def responses(self, levels: Tensor, neurons: Tensor, paired: bool) -> Tensor:
         with torch.no_grad():

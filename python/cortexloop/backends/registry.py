@@ -129,6 +129,19 @@ class Backend(Protocol):
 
     def row_dots(self, x: Tensor, y: Tensor) -> Tensor: ...
 
+    def feature_moments(
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        centred: Tensor,
+        shift: Tensor,
+        before: float,
+        batch: float,
+        mean: Tensor,
+        m2: Tensor,
+        cross: Tensor,
+    ) -> None: ...
+
     def lasso_path(
         self,
         sets: LassoSets,
@@ -170,18 +183,6 @@ class Backend(Protocol):
         cotangent: Tensor,
         wanted: Wanted,
     ) -> Gradients: ...
-    def feature_moments(
-        self,
-        features: Tensor,
-        weights: Tensor | None,
-        centred: Tensor,
-        shift: Tensor,
-        before: float,
-        batch: float,
-        mean: Tensor,
-        m2: Tensor,
-        cross: Tensor,
-    ) -> None: ...
 
 
 @dataclass(frozen=True)

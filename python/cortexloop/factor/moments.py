@@ -25,6 +25,9 @@ KIND = "cortexloop-feature-moments-1"
 MAX_BYTES = 8 << 30
 """Memory that permutations may take if nothing else is said."""
 
+LARGEST = 1e17
+"""Size of features above which float32 sums of their squares could overflow; far above what any network gives."""
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -130,7 +133,7 @@ class FeatureMoments(MomentViews):
             weights: [B], at least 0; images of weight 0 are left out without being looked at. Not with trials, whose
                 number is the weight.
             rows: with permutations, which of the images these are; None: the next ones in order.
-            check: look for NaN and infinite features. This reads them once more, and on a GPU waits for it.
+            check: look for NaN, infinite and enormous features. This reads them once more, and on a GPU waits for it.
 
         Raises:
             TypeError: not numbers, or a dtype that is not taken.
@@ -361,21 +364,23 @@ class FeatureMoments(MomentViews):
         return w.float().double()
 
     def _refuse_infinite(self, x: Tensor, used: Tensor) -> None:
-        if x.numel() == 0 or _all_finite(x):
+        if x.numel() == 0 or _in_range(x):
             return
-        number, c, h, w = torch.nonzero(~torch.isfinite(x))[0].tolist()
-        image = self.images + int(used.nonzero()[number])
+        number, c, h, w = torch.nonzero(~(x.float().abs() <= LARGEST))[0].tolist()
+        value = float(x[number, c, h, w])
+        wanted = f"at most {LARGEST:g} in size" if np.isfinite(value) else "finite"
         raise ValueError(
-            f"features should be finite, got {float(x[number, c, h, w])} for image {image}, channel {c}, row {h}, "
-            f"column {w}; leave that image out, or look for an overflow in the network"
+            f"features should be {wanted}, got {value} for image {self.images + int(used.nonzero()[number])}, "
+            f"channel {c}, row {h}, column {w}; leave that image out, or look for an overflow in the network"
         )
 
 
-def _all_finite(x: Tensor) -> bool:
-    """In one pass over the memory: torch.isfinite takes several. NaN and infinities survive sums, minima and maxima."""
-    if x.dtype == torch.float32 and bool(torch.isfinite(x.sum())):
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+def _in_range(x: Tensor) -> bool:
+    """Whether no feature is NaN, infinite or above LARGEST, in one pass over memory; torch.isfinite takes several."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        least, most = (value.float() for value in torch.aminmax(x))  # NaN survives
+        return bool((least >= -LARGEST) & (most <= LARGEST))
+    return bool(torch.linalg.vector_norm(x) <= LARGEST) or bool((x.abs() <= LARGEST).all())
 
 
 def _batches(source: Any, images: Any, batch: int) -> Iterator[Tensor]:

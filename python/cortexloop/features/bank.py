@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,12 @@ class BankFeatures(FeatureSource):
 
     @classmethod
     def of_weights(
-        cls, weights: CompactWeights | SharedCompactWeights, layer: int = -1, *, batch: int = 64
+        cls,
+        weights: CompactWeights | SharedCompactWeights,
+        layer: int = -1,
+        *,
+        batch: int = 64,
+        device: torch.device | str = "cpu",
     ) -> BankFeatures:
         """A layer of a model given as raw parameters: of a shared compact model, too, whose trunk has the same form.
 
@@ -68,7 +74,7 @@ class BankFeatures(FeatureSource):
             weights = CompactWeights(
                 weights.name, weights.layers, empty, 0.0, weights.height, weights.width, weights.image_mean
             )
-        return cls(ModelBank([weights]), 0, layer, batch=batch)
+        return cls(ModelBank([weights]).to(device), 0, layer, batch=batch)
 
     @property
     def device(self) -> torch.device:
@@ -110,10 +116,16 @@ class _BankLinearization(Linearization):
     """By the bank's kernels."""
 
     def __init__(self, source: BankFeatures, images: Tensor) -> None:
+        self._source, self._images = source, images
         self._bank, self._shown = source.bank, source._shown(images)
+
+    @functools.cached_property
+    def features(self) -> Tensor:  # type: ignore[override]
+        """[B, C, H, W]; the kernels' pullback does not need them."""
         with torch.no_grad():
-            self.features = source._compute(images)
+            return self._source._compute(self._images)
 
     def pullback(self, cotangents: Tensor) -> Tensor:
         self._check(cotangents)
-        return pullback(self._shown, self._bank, cotangents.permute(0, 1, 3, 4, 2).contiguous())
+        backend = "reference" if self._shown.dtype == torch.float64 else "auto"  # which alone takes float64
+        return pullback(self._shown, self._bank, cotangents.permute(0, 1, 3, 4, 2).contiguous(), backend=backend)

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cortexloop.features.replay import AT_ONCE, Replay
+
 Images = NDArray[Any] | Tensor
 """uint8 RGB, or floating levels 0..255; [B, H, W, 3]."""
 
@@ -166,13 +168,18 @@ class Linearization(abc.ABC):
 
 
 class GraphLinearization(Linearization):
-    """By torch's graph: one forward pass, then a backward pass for each cotangent of all images."""
+    """By torch's graph of one forward pass.
+
+    The graph is replayed with up to `replay.AT_ONCE` cotangents at a time. One that holds a derivative written in
+    Python is run by torch, once for each cotangent.
+    """
 
     def __init__(self, source: FeatureSource, images: Tensor) -> None:
         with torch.enable_grad():
             self._images = images.detach().clone().requires_grad_()
             self._graph = source.differentiable(self._images)
         self.features = self._graph.detach()
+        self._replay = Replay(self._graph, self._images)
 
     def pullback(self, cotangents: Tensor) -> Tensor:
         self._check(cotangents)
@@ -180,6 +187,11 @@ class GraphLinearization(Linearization):
         grads = torch.empty(
             (len(self._images), count, *self._images.shape[1:]), dtype=self.features.dtype, device=self.features.device
         )
+        if self._replay.reason is None:
+            for start in range(0, count, AT_ONCE):
+                rows = cotangents[:, start : start + AT_ONCE].transpose(0, 1).contiguous()
+                grads[:, start : start + AT_ONCE] = self._replay.run(rows).transpose(0, 1)
+            return grads
         for k in range(count):
             grads[:, k] = torch.autograd.grad(self._graph, self._images, cotangents[:, k], retain_graph=True)[0]
         return grads

@@ -154,7 +154,7 @@ def point_readout(
         response[b, t] = sum_c vectors[t, c] features[b, c] at positions[(b,) t]
 
     Outside of the map there are zeros. Differentiable once in every argument; by a position, the derivative at the
-    exact centre of a pixel is the one towards larger positions. Bits depend neither on threads nor on the rest of the batch.
+    exact centre of a pixel is the one towards larger positions. Bits depend neither on threads nor on other images.
 
     Args:
         features: [B, C, H, W], as for `factorized_readout`.

@@ -160,6 +160,8 @@ class Readout(nn.Module, abc.ABC):
         if neurons is None:
             return None
         index = torch.as_tensor(neurons, device=next(self.parameters()).device)
+        if index.ndim == 1 and not len(index):
+            return index.long()  # an empty list has no integer type of its own
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.neurons,):
                 raise ValueError(f"a mask of neurons should be [{self.neurons}], got {list(index.shape)}")

@@ -29,11 +29,14 @@ class FactorizedReadout(Readout):
     Args:
         in_shape, neurons, bias: as of `Readout`.
         rank: R.
-        normalize_masks: the masks in force have an L2 norm of 1 (masks / (norm + 1e-6)): scale is in the vectors.
+        normalize_masks: the masks in force have an L2 norm of 1 (masks / (norm + 1e-6)): scale is in the vectors. Where
+            they should be positive, too, that comes after.
         positive_masks, positive_vectors: values below 0 act as 0. Gradients pass as if they did not, so that a weight
             can come back, and the parameters stay as they are; `project()` sets them to 0 after an optimiser's step,
             which makes that a projected gradient descent.
-        l1_weight: of sum_r |mask|_1 |vector|_1, masks and vectors as in force.
+        l1_weight: of the sum of |mask|_1 |vector|_1 over neurons and factors, masks and vectors as in force.
+        l1_pairs: take that product for every mask with every vector, other neurons' too: what neuralpredictors 0.3.0
+            computes, by broadcasting.
         smoothness_weight: of the sum of squares of the masks filtered by the Laplacian
             [[0, -1, 0], [-1, 4, -1], [0, -1, 0]], with zeros around.
         mask_l2_weight, vector_l2_weight: of the sums of squares.
@@ -55,6 +58,7 @@ class FactorizedReadout(Readout):
         positive_masks: bool = False,
         positive_vectors: bool = False,
         l1_weight: float = 1.0,
+        l1_pairs: bool = False,
         smoothness_weight: float = 0.0,
         mask_l2_weight: float = 0.0,
         vector_l2_weight: float = 0.0,
@@ -68,6 +72,7 @@ class FactorizedReadout(Readout):
         self.normalize_masks = normalize_masks
         self.positive_masks, self.positive_vectors = positive_masks, positive_vectors
         self.l1_weight = positive_number(l1_weight, "l1_weight")
+        self.l1_pairs = l1_pairs
         self.smoothness_weight = positive_number(smoothness_weight, "smoothness_weight")
         self.mask_l2_weight = positive_number(mask_l2_weight, "mask_l2_weight")
         self.vector_l2_weight = positive_number(vector_l2_weight, "vector_l2_weight")
@@ -115,7 +120,9 @@ class FactorizedReadout(Readout):
 
     def penalty(self) -> Tensor:
         masks, vectors = self.masks_in_force(), self.vectors_in_force()
-        total = self.l1_weight * (masks.abs().sum((2, 3)) * vectors.abs().sum(2)).sum(1)
+        vector_sizes = vectors.abs().sum(2)
+        own = vector_sizes.sum() if self.l1_pairs else vector_sizes
+        total = self.l1_weight * (masks.abs().sum((2, 3)) * own).sum(1)
         if self.smoothness_weight:
             laplacian = masks.new_tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])[None, None]
             rough = F.conv2d(masks.flatten(0, 1)[:, None], laplacian, padding=1)
@@ -132,8 +139,11 @@ class FactorizedReadout(Readout):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Set masks and vectors below 0 to 0, where they should be positive."""
-        if self.positive_masks:
+        """Set masks and vectors below 0 to 0, where they should be positive; but not masks that are normalised.
+
+        There, a value below 0 is part of the norm: without it the readout would be another one.
+        """
+        if self.positive_masks and not self.normalize_masks:
             self.masks.clamp_min_(0)
         if self.positive_vectors:
             self.vectors.clamp_min_(0)
@@ -175,7 +185,7 @@ class FactorizedReadout(Readout):
                 Features shared between neurons become one vector per neuron.
             prefix: what comes before these keys.
             normalize, constrain_pos: what it was made with; a state dict does not say.
-            options: of this class.
+            options: of this class; `l1_pairs` is true unless given.
 
         Raises:
             ValueError: a key is missing, unknown, of another shape, or not finite.
@@ -193,6 +203,6 @@ class FactorizedReadout(Readout):
             normalize_masks=normalize,
             positive_masks=constrain_pos,
             positive_vectors=constrain_pos,
-            **options,
+            **{"l1_pairs": True, **options},
         )
         return fill(readout, masks=masks[:, None], vectors=vectors[:, None], bias=bias)

@@ -99,7 +99,9 @@ def lasso(
     k = int(held_out.max()) + 1
     errors = torch.zeros(len(grid), data.neurons, dtype=torch.float64, device=x.device)
     counted = _Counted(tol)
-    for train, block, path in data.solve(held_out.to(x.device) != torch.arange(k, device=x.device)[:, None], grid, tol, max_sweeps, counted):
+    for train, block, path in data.solve(
+        held_out.to(x.device) != torch.arange(k, device=x.device)[:, None], grid, tol, max_sweeps, counted
+    ):
         errors[:, block] += data.scores(train, block, path.weights, scoring) / k
     alpha = torch.take_along_dim(grid, errors.argmax(dim=0)[None], dim=0)
     steps = torch.linspace(0, 1, STEPS, dtype=torch.float64, device=x.device)[:, None]
