@@ -17,7 +17,7 @@ namespace {
 Status check(const LassoPathArgs& a) {
   const LassoSets& sets = a.sets;
   const bool columns = sets.gram == nullptr;
-  if (sets.n_sets < 0 || sets.features < 1 || a.n_problems < 0 || a.n_penalties < 1 || (columns && sets.images < 1)) {
+  if (sets.n_sets < 0 || sets.features < 1 || a.n_problems < 0 || a.n_penalties < 1 || sets.images < 1) {
     return fail(Status::invalid_argument, "no features, images or penalties, or a negative number of problems or sets");
   }
   if (columns && (sets.columns == nullptr || sets.mask == nullptr || sets.means == nullptr || a.responses == nullptr)) {
@@ -50,16 +50,19 @@ void lasso_body(void* argument, RangeSource& ranges) {
   LassoJob& job = *static_cast<LassoJob*>(argument);
   const LassoPathArgs& a = *job.args;
   std::int64_t begin, end;
-  std::unique_ptr<double[]> scratch;  // made by threads that get work
+  std::unique_ptr<double[]> memory;  // made by threads that get work
+  double* scratch = nullptr;
   while (ranges.take(begin, end)) {
-    if (!scratch) {
-      scratch.reset(new (std::nothrow) double[static_cast<std::size_t>(kernels().lasso_scratch_doubles(a.sets))]);
-      if (!scratch) {
+    if (!memory) {
+      const std::int64_t size = kernels().lasso_scratch_doubles(a.sets) + 8;
+      memory.reset(new (std::nothrow) double[static_cast<std::size_t>(size)]);
+      if (!memory) {
         job.failed.store(true);
         return;
       }
+      scratch = memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) / sizeof(double);
     }
-    for (std::int64_t i = begin; i < end; ++i) kernels().lasso_problem(a, i, scratch.get());
+    for (std::int64_t i = begin; i < end; ++i) kernels().lasso_problem(a, i, scratch);
   }
 }
 

@@ -1,119 +1,25 @@
-// Coordinate descent along one path of penalties; see cortexloop/lasso.h.
+// Lasso along one path of penalties; see cortexloop/lasso.h.
 //
-// Sweeps run over a working set of features whose products are copied into a dense matrix, so that they stay in cache: e^2
-// numbers for e features, not e * features. Between sweeps, the gradient X'r of all features is brought up to date; features that
-// violate the optimality conditions join the set. It is extrapolated along the path together with the weights, at no cost,
-// because it depends on them linearly; so most that will be needed are known before the first sweep.
+// Work goes on within a set of features whose products are copied into a dense matrix, so that they stay in cache: e^2 numbers for e
+// features, not e * features. Newton steps on the features in use solve the optimality conditions exactly once their signs are right;
+// where they do not get there, sweeps of coordinate descent, which always do, take over for a while. Then the gradient X'r of all
+// features is brought up to date, and those that violate the conditions join the set. It is extrapolated along the path together
+// with the weights, at no cost, because it depends on them linearly; so most that will be needed are known beforehand.
 #pragma once
 
-#include <cstring>
-
-#include "../kernel_table.h"
-#include "../simd.h"
+#include "lasso_root.inl.h"
 
 namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kDotLanes = 32;         // partial sums of a dot product; added up by halves
-constexpr double kNear = 0.95;        // share of the penalty from which on a feature joins the working set
-constexpr double kInnerShare = 0.25;  // share of the allowed gap at which sweeps on the working set end
+constexpr double kNear = 0.95;   // share of the penalty from which on a feature joins the set
+constexpr double kShare = 1e-3;  // share of the allowed gap that is aimed at, as a Newton step has it for little more
+constexpr double kResolved = 1e-15;  // gap / y'y that double precision can still tell from 0
+constexpr int kNewtonSteps = 8;      // in a row
+constexpr int kSweeps = 3;           // in a row
 
 CL_INLINE double absolute(double x) { return x < 0.0 ? -x : x; }
-
-CL_NOINLINE double dot_f64(const double* CL_RESTRICT a, const double* CL_RESTRICT b, std::int64_t n) {
-  double partial[kDotLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kDotLanes <= n; i += kDotLanes) {
-    for (int l = 0; l < kDotLanes; ++l) partial[l] += a[i + l] * b[i + l];
-  }
-  for (int l = 0; i < n; ++i, ++l) partial[l] += a[i] * b[i];
-  for (int half = kDotLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) partial[l] += partial[l + half];
-  }
-  return partial[0];
-}
-
-// y -= scale * x
-CL_NOINLINE void subtract_scaled(double scale, const double* CL_RESTRICT x, std::int64_t n, double* CL_RESTRICT y) {
-  for (std::int64_t i = 0; i < n; ++i) y[i] -= scale * x[i];
-}
-
-// y -= sum of four rows x[k] * scale[k]
-CL_NOINLINE void subtract_scaled4(const double* CL_RESTRICT scale, const double* const* x, std::int64_t n,
-                                  double* CL_RESTRICT y) {
-  const double *CL_RESTRICT x0 = x[0], *CL_RESTRICT x1 = x[1], *CL_RESTRICT x2 = x[2], *CL_RESTRICT x3 = x[3];
-  const double s0 = scale[0], s1 = scale[1], s2 = scale[2], s3 = scale[3];
-  for (std::int64_t i = 0; i < n; ++i) y[i] -= (s0 * x0[i] + s1 * x1[i]) + (s2 * x2[i] + s3 * x3[i]);
-}
-
-// Rows scaled and subtracted, four at a time: add() as often as wanted, then finish().
-struct RowSum {
-  double* y;
-  std::int64_t n;
-  int held;
-  double scale[4];
-  const double* row[4];
-
-  CL_INLINE void add(double s, const double* x) {
-    scale[held] = s;
-    row[held] = x;
-    if (++held == 4) {
-      subtract_scaled4(scale, row, n, y);
-      held = 0;
-    }
-  }
-  CL_INLINE void finish() {
-    for (int k = 0; k < held; ++k) subtract_scaled(scale[k], row[k], n, y);
-    held = 0;
-  }
-};
-
-// What a path keeps; all in the caller's scratch. "Set" below is the working set; its members are numbered in order of joining.
-struct LassoState {
-  std::int64_t size, capacity;  // members of the set
-  std::int64_t* members;        // [capacity], their features
-  std::int64_t* place;          // [features], number in the set or -1
-  double* products;             // [capacity, capacity]
-  double* w;                    // [capacity]
-  double* w_known;              // [capacity], the weights that `gradient` belongs to
-  double* w_before;             // [capacity], solution of the penalty before
-  double* inner;                // [capacity], gradient of the members while they are swept
-  double* gradient;             // [features], X'r
-  double* gradient_before;      // [features]
-  double* residual;             // [images]; columns only
-  double* masked;               // [images]; columns only
-};
-
-CL_INLINE std::int64_t lasso_capacity(const LassoSets& sets) {
-  const std::int64_t room = 2 * sets.images + 256;
-  return sets.gram != nullptr || room > sets.features ? sets.features : room;
-}
-
-std::int64_t lasso_scratch_doubles(const LassoSets& sets) {
-  const std::int64_t c = lasso_capacity(sets), p = sets.features;
-  return c * c + 5 * c + 3 * p + (sets.gram == nullptr ? 2 * sets.images : 0);
-}
-
-CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
-  static_assert(sizeof(std::int64_t) == sizeof(double), "members and places share the scratch");
-  const std::int64_t c = lasso_capacity(sets), p = sets.features;
-  LassoState s;
-  s.size = 0;
-  s.capacity = c;
-  s.products = scratch;
-  s.w = s.products + c * c;
-  s.w_known = s.w + c;
-  s.w_before = s.w_known + c;
-  s.inner = s.w_before + c;
-  s.members = reinterpret_cast<std::int64_t*>(s.inner + c);
-  s.place = s.members + c;
-  s.gradient = reinterpret_cast<double*>(s.place + p);
-  s.gradient_before = s.gradient + p;
-  s.residual = s.gradient_before + p;
-  s.masked = s.residual + sets.images;
-  return s;
-}
 
 // One training set of LassoSets.
 struct LassoSet {
@@ -135,6 +41,7 @@ void lasso_join(const LassoSet& set, LassoState& s, std::int64_t feature) {
   const std::int64_t e = s.size++;
   s.members[e] = feature;
   s.place[feature] = e;
+  s.slot[e] = -1;
   s.w[e] = s.w_known[e] = s.w_before[e] = 0.0;
   double* row = s.products + e * s.capacity;
   if (set.gram != nullptr) {
@@ -154,11 +61,13 @@ void lasso_join(const LassoSet& set, LassoState& s, std::int64_t feature) {
     }
     row[e] = set.diagonal[feature];
   }
+  s.square[e] = row[e];
   for (std::int64_t k = 0; k < e; ++k) s.products[k * s.capacity + e] = row[k];
 }
 
 // Members of weight 0 leave, where there is no more room.
 void lasso_make_room(LassoState& s) {
+  lasso_deactivate_all(s);
   std::int64_t kept = 0;
   for (std::int64_t e = 0; e < s.size; ++e) {
     if (s.w[e] == 0.0 && s.w_known[e] == 0.0 && s.w_before[e] == 0.0) {
@@ -169,6 +78,7 @@ void lasso_make_room(LassoState& s) {
     if (kept != e) {
       s.members[kept] = s.members[e];
       s.place[s.members[kept]] = kept;
+      s.square[kept] = s.square[e];
       s.w[kept] = s.w[e];
       s.w_known[kept] = s.w_known[e];
       s.w_before[kept] = s.w_before[e];
@@ -187,16 +97,18 @@ struct LassoSums {
   double fitted;     // y'Xw
   double explained;  // y'Xw + r'Xw
   double steepest;   // largest |X'r| of a member
+  bool idle;         // there is a weight that would be better 0
 };
 
-CL_INLINE LassoSums lasso_sums(const LassoState& s, const double* gradient_of_member, const double* cross) {
-  LassoSums sums = {0.0, 0.0, 0.0, 0.0};
+CL_INLINE LassoSums lasso_sums(const LassoState& s, const double* cross, double penalty) {
+  LassoSums sums = {0.0, 0.0, 0.0, 0.0, false};
   for (std::int64_t e = 0; e < s.size; ++e) {
-    const double w = s.w[e], g = gradient_of_member[e], c = cross[s.members[e]];
+    const double w = s.w[e], g = s.inner[e], c = cross[s.members[e]];
     sums.norm += absolute(w);
     sums.fitted += c * w;
     sums.explained += (c + g) * w;
     if (absolute(g) > sums.steepest) sums.steepest = absolute(g);
+    if (w != 0.0 && absolute(g + s.square[e] * w) <= penalty) sums.idle = true;
   }
   return sums;
 }
@@ -209,22 +121,109 @@ CL_INLINE double lasso_gap(const LassoSums& sums, double steepest, double square
   return 0.5 * (1.0 + scale * scale) * residual + penalty * sums.norm - scale * (squares - sums.fitted);
 }
 
+// Change a member's weight, and the gradient of the set with it.
+CL_INLINE void lasso_move(LassoState& s, std::int64_t e, double w) {
+  subtract_scaled(w - s.w[e], s.products + e * s.capacity, s.size, s.inner);
+  s.w[e] = w;
+}
+
+CL_INLINE double lasso_objective(const LassoState& s, const double* cross, double squares, double penalty) {
+  const LassoSums sums = lasso_sums(s, cross, penalty);
+  return 0.5 * (squares - sums.explained) + penalty * sums.norm;
+}
+
 // One sweep over the working set; whether any weight changed.
 CL_NOINLINE bool lasso_sweep(LassoState& s, double penalty) {
   bool changed = false;
   for (std::int64_t e = 0; e < s.size; ++e) {
-    const double* row = s.products + e * s.capacity;
-    const double square = row[e], old = s.w[e];
-    const double pull = s.inner[e] + square * old;
+    const double square = s.square[e];
+    const double pull = s.inner[e] + square * s.w[e];
     double w = 0.0;
     if (pull > penalty) w = (pull - penalty) / square;
     if (pull < -penalty) w = (pull + penalty) / square;
-    if (w == old) continue;
-    s.w[e] = w;
-    subtract_scaled(w - old, row, s.size, s.inner);
+    if (w == s.w[e]) continue;
+    lasso_move(s, e, w);
     changed = true;
   }
   return changed;
+}
+
+// The step that solves the optimality conditions for the active members with their signs, to s.step.
+CL_INLINE void lasso_direction(LassoState& s, double penalty) {
+  for (std::int64_t i = 0; i < s.active; ++i) s.step[i] = s.inner[s.actives[i]] - penalty * s.sign[i];
+  lasso_forward(s, s.step, 1, 0);
+  lasso_backward(s, s.step);
+}
+
+CL_INLINE void lasso_move_active(LassoState& s, double length) {
+  RowSum sum = {s.inner, s.size, 0, {}, {}};
+  for (std::int64_t i = 0; i < s.active; ++i) {
+    const std::int64_t e = s.actives[i];
+    const double step = length * s.step[i];
+    s.w[e] += step;
+    sum.add(step, s.products + e * s.capacity);
+  }
+  sum.finish();
+}
+
+// Newton steps that never go uphill: the active members are those that have a weight, and a step ends where the first of them reaches 0,
+// which then leaves (as in the feature-sign search of Lee et al. 2006).
+void lasso_descend(LassoState& s, double penalty) {
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    if (s.slot[e] >= 0 && !(s.w[e] * s.sign[s.slot[e]] > 0.0)) lasso_deactivate(s, e);
+  }
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    const double sign = s.w[e] > 0.0 ? 1.0 : -1.0;
+    if (s.slot[e] < 0 && s.w[e] != 0.0) lasso_activate(s, &e, &sign, 1);
+  }
+  while (s.active > 0) {
+    lasso_direction(s, penalty);
+    double length = 1.0;
+    std::int64_t first = -1;
+    for (std::int64_t i = 0; i < s.active; ++i) {
+      const double w = s.w[s.actives[i]], step = s.step[i];
+      if (s.sign[i] * (w + length * step) < 0.0) {
+        length = -w / step;
+        first = s.actives[i];
+      }
+    }
+    lasso_move_active(s, length);
+    if (first < 0) break;
+    lasso_move(s, first, 0.0);
+    lasso_deactivate(s, first);
+  }
+}
+
+// A Newton step: which members are active follows from weights and gradients as in a primal-dual active set method (Hintermueller, Ito
+// & Kunisch 2003); their weights then solve the optimality conditions with these signs. Returns how many came or went.
+std::int64_t lasso_newton(LassoState& s, double penalty) {
+  std::int64_t leaving = 0, entering = 0;
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    const double pull = s.inner[e] + s.square[e] * s.w[e];
+    if (s.slot[e] >= 0) {
+      if (pull * s.sign[s.slot[e]] <= penalty) s.leaving[leaving++] = e;
+    } else if (absolute(pull) > penalty) {
+      s.entering[entering++] = e;
+    } else if (s.w[e] != 0.0) {
+      lasso_move(s, e, 0.0);
+    }
+  }
+  for (std::int64_t q = 0; q < leaving; ++q) lasso_deactivate(s, s.leaving[q]);
+  for (std::int64_t q = 0; q < entering; q += kBlock) {
+    const int count = static_cast<int>(entering - q < kBlock ? entering - q : kBlock);
+    double signs[kBlock];
+    for (int r = 0; r < count; ++r) {
+      const std::int64_t e = s.entering[q + r];
+      signs[r] = s.inner[e] + s.square[e] * s.w[e] > 0.0 ? 1.0 : -1.0;
+    }
+    lasso_activate(s, s.entering + q, signs, count);
+  }
+  for (std::int64_t q = 0; q < leaving; ++q) {
+    if (s.w[s.leaving[q]] != 0.0) lasso_move(s, s.leaving[q], 0.0);
+  }
+  lasso_direction(s, penalty);
+  lasso_move_active(s, 1.0);
+  return leaving + entering;
 }
 
 // Bring the gradient of all features up to date with the weights.
@@ -270,10 +269,11 @@ bool lasso_join_all(const LassoSet& set, LassoState& s, double limit) {
   return joined;
 }
 
-CL_INLINE double lasso_full_gap(const LassoSet& set, LassoState& s, const double* cross, double squares,
-                                double penalty) {
+CL_INLINE double lasso_full_gap(const LassoSet& set, LassoState& s, const double* cross, double squares, double penalty,
+                                bool* idle) {
   for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
-  const LassoSums sums = lasso_sums(s, s.inner, cross);
+  const LassoSums sums = lasso_sums(s, cross, penalty);
+  *idle = sums.idle;
   double steepest = 0.0;
   for (std::int64_t j = 0; j < set.features; ++j) {
     const double g = set.diagonal[j] == 0.0 ? 0.0 : absolute(s.gradient[j]);
@@ -294,6 +294,53 @@ void lasso_extrapolate(const LassoSet& set, LassoState& s, double ratio) {
     s.gradient[j] = g + ratio * (g - s.gradient_before[j]);
     s.gradient_before[j] = g;
   }
+}
+
+// Work on the members until their gap is at most `aim`, or `allowed` if that does not get nearer: Newton steps, and where these do not
+// get there, sweeps. Whether any weight changed.
+bool lasso_work(LassoState& s, const double* cross, double squares, double penalty, double aim, double allowed,
+                std::int64_t max_sweeps, std::int64_t* sweeps) {
+  const auto gap_now = [&]() {
+    const LassoSums sums = lasso_sums(s, cross, penalty);
+    const double found = lasso_gap(sums, sums.steepest, squares, penalty);
+    return sums.idle && found <= aim ? 2.0 * aim : found;
+  };
+  const std::size_t bytes = static_cast<std::size_t>(s.size) * sizeof(double);
+  bool moved = false;
+  double gap = gap_now();
+  for (double enough = aim; gap > enough && *sweeps < max_sweeps; enough = allowed) {
+    std::memcpy(s.w_saved, s.w, bytes);
+    std::memcpy(s.inner_saved, s.inner, bytes);
+    const double objective = lasso_objective(s, cross, squares, penalty);
+    for (int round = 0; round < kNewtonSteps && gap > aim && *sweeps < max_sweeps; ++round) {
+      const double before = gap;
+      const std::int64_t changes = lasso_newton(s, penalty);
+      ++*sweeps;
+      gap = gap_now();
+      if (changes == 0 && !(gap < 0.5 * before)) break;
+    }
+    if (lasso_objective(s, cross, squares, penalty) <= objective) {
+      moved = true;
+    } else {  // also for a NaN
+      std::memcpy(s.w, s.w_saved, bytes);
+      std::memcpy(s.inner, s.inner_saved, bytes);
+      lasso_deactivate_all(s);
+      gap = gap_now();
+    }
+    bool changed = true;
+    for (int round = 0; round < kSweeps && changed && gap > aim && *sweeps < max_sweeps; ++round) {
+      changed = lasso_sweep(s, penalty);
+      ++*sweeps;
+      gap = gap_now();
+      moved = moved || changed;
+    }
+    if (!changed) break;
+    if (gap > aim) {
+      lasso_descend(s, penalty);
+      gap = gap_now();
+    }
+  }
+  return moved;
 }
 
 // All penalties of one problem. `scratch`: lasso_scratch_doubles numbers.
@@ -318,22 +365,20 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
     }
     lasso_extrapolate(set, s, ratio);
     std::int64_t sweeps = 0;
-    double gap = lasso_full_gap(set, s, cross, squares, penalty);
-    bool moving = true;
+    bool idle = false;
+    double gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     double limit = kNear * penalty;
-    while (gap > kInnerShare * allowed && moving && sweeps < a.max_sweeps) {
+    const double aim = kShare * allowed > kResolved * squares ? kShare * allowed : kResolved * squares;
+    double before = 0.0;
+    for (bool moving = true; (gap > aim || idle) && moving && sweeps < a.max_sweeps; limit = penalty) {
+      if (before > 0.0 && !idle && gap <= allowed && gap > 0.5 * before)
+        break;  // good enough, and hardly getting better
+      before = gap;
       moving = lasso_join_all(set, s, limit);
-      limit = penalty;
       for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
-      for (bool changed = true; changed && sweeps < a.max_sweeps;) {
-        changed = lasso_sweep(s, penalty);
-        ++sweeps;
-        moving = moving || changed;
-        const LassoSums sums = lasso_sums(s, s.inner, cross);
-        if (lasso_gap(sums, sums.steepest, squares, penalty) <= kInnerShare * allowed) break;
-      }
+      moving = lasso_work(s, cross, squares, penalty, aim, allowed, a.max_sweeps, &sweeps) || moving;
       lasso_refresh(set, s, responses);
-      gap = lasso_full_gap(set, s, cross, squares, penalty);
+      gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     }
     double* weights = a.weights + (problem * a.n_penalties + k) * p;
     std::memset(weights, 0, static_cast<std::size_t>(p) * sizeof(double));

@@ -23,7 +23,7 @@ struct LassoSets {
   const double* mask;      // [n_sets, images], 0 or 1; null with gram
   const double* means;     // [n_sets, features]: mean of a column over the images of the set; null with gram
   const double* diagonal;  // [n_sets, features]: sums of squares of centred features; 0: that feature's weight stays 0
-  std::int64_t n_sets, features, images;
+  std::int64_t n_sets, features, images;  // images of all sets together
 };
 
 struct LassoPathArgs {

@@ -13,6 +13,7 @@ def _optional(x: Tensor | None, name: str, shape: tuple[int, ...]) -> int:
 
 
 def lasso_path(
+    images: int,
     gram: Tensor | None,
     columns: Tensor | None,
     mask: Tensor | None,
@@ -31,12 +32,11 @@ def lasso_path(
 ) -> None:
     """Write the solutions of N problems along A penalties: weights [N, A, P], gaps and (int64) sweeps [N, A].
 
-    Training sets as `cortexloop.backends.lasso_sets.LassoSets`; set_of int64 [N]; the rest float64: responses
+    images: of all sets together. Training sets as `cortexloop.backends.lasso_sets.LassoSets`; set_of int64 [N]; the rest float64: responses
     [N, images], cross [N, P], squares [N], penalties [N, A].
     """
     n, a = penalties.shape
     s, p = diagonal.shape
-    images = 0 if columns is None else columns.shape[1]
     cpu().lasso_path(
         _optional(gram, "gram", (s, p, p)),
         _optional(columns, "columns", (p, images)),

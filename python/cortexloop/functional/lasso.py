@@ -51,7 +51,7 @@ def lasso_path(
     n, p = _shape(cross, "cross", 2)
     s = len(sets.diagonal)
     a = _shape(penalties, "penalties", 2)[1]
-    images = 0 if sets.columns is None else _shape(sets.columns, "columns", 2)[1]
+    images = operator.index(sets.images)
     if (sets.gram is None) == (sets.columns is None):
         raise ValueError("sets should have either gram or columns")
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
@@ -83,21 +83,27 @@ def lasso_path(
         raise ValueError(f"set_of should be [{n}] on {cross.device}, got {list(set_of.shape)} on {set_of.device}")
     if n and not 0 <= int(set_of.min()) <= int(set_of.max()) < s:
         raise ValueError(f"set_of should be 0 to {s - 1}, got {int(set_of.min())} to {int(set_of.max())}")
+    if images < 1:
+        raise ValueError(f"images of the sets should be at least 1, got {images}")
     if a < 1 or not bool((torch.isfinite(penalties) & (penalties > 0)).all()):
         raise ValueError("penalties should be positive finite numbers, at least one for each problem")
     if not tol >= 0 or operator.index(max_sweeps) < 1:
         raise ValueError(f"tol should be at least 0 and max_sweeps at least 1, got {tol} and {max_sweeps}")
     return ops.lasso_path(
-        LassoSets(*(None if x is None else x.contiguous() for x in sets)),  # type: ignore[arg-type]
+        LassoSets(images, sets.diagonal.contiguous(), *map(_contiguous, sets[2:])),
         set_of.contiguous(),
         cross.contiguous(),
         squares.contiguous(),
         penalties.contiguous(),
-        None if responses is None or sets.gram is not None else responses.contiguous(),
+        None if sets.gram is not None else _contiguous(responses),
         tolerance=float(tol),
         max_sweeps=max_sweeps,
         backend=backend,
     )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _shape(x: Tensor, name: str, axes: int) -> tuple[int, ...]:

@@ -12,13 +12,18 @@ from __future__ import annotations
 from cortexloop.regression.folds import assign_folds
 from cortexloop.regression.lasso import ConvergenceWarning, LassoPath, lasso, lasso_path
 from cortexloop.regression.model import LinearModel
+from cortexloop.regression.pca import PCA
+from cortexloop.regression.projection import SparseRandomProjection, johnson_lindenstrauss
 from cortexloop.regression.ridge import ridge
 
 __all__ = [
+    "PCA",
     "ConvergenceWarning",
     "LassoPath",
     "LinearModel",
+    "SparseRandomProjection",
     "assign_folds",
+    "johnson_lindenstrauss",
     "lasso",
     "lasso_path",
     "ridge",

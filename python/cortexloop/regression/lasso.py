@@ -264,9 +264,9 @@ class _Data:
                 gram[i] = self.gram - others.T @ others - count[i] * torch.outer(means[i], means[i])
                 gram[i, ~varies[i]] = 0
                 gram[i, :, ~varies[i]] = 0
-            return LassoSets(gram.diagonal(dim1=1, dim2=2).contiguous(), gram), cross, squares, centred.mT
+            return LassoSets(len(self.x), gram.diagonal(dim1=1, dim2=2).contiguous(), gram), cross, squares, centred.mT
         diagonal = torch.where(varies, inside @ self.x.square() - count * means.square(), 0.0)
-        sets = LassoSets(diagonal, columns=self.columns, mask=inside, means=means)
+        sets = LassoSets(len(self.x), diagonal, columns=self.columns, mask=inside, means=means)
         return sets, cross, squares, centred.mT
 
     def scores(self, train: Tensor, block: slice, weights: Tensor, scoring: Scoring) -> Tensor:

@@ -35,6 +35,7 @@ class LassoOperators:
         weights = torch.empty(*penalties.shape, cross.shape[1], dtype=torch.float64)
         gaps, sweeps = torch.empty_like(penalties), torch.empty(penalties.shape, dtype=torch.int64)
         lasso.lasso_path(
+            sets.images,
             sets.gram,
             sets.columns,
             sets.mask,
