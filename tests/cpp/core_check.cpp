@@ -234,15 +234,12 @@ int main(int argc, char** argv) {
     check_codes(0, 4, 8, 1);
     check_codes(2, 0, 8, 1);
     refuse_codes();
-<<<<<<< HEAD
     for (const std::int64_t columns : {1, 49, 1500}) {
       check_moments(5, columns, 3);
       check_moments(132, columns, 9);
     }
     refuse_moments();
-=======
     check_readouts();
->>>>>>> readouts
     if (cpu::set_isa("none such") != Status::invalid_argument)
       throw std::runtime_error("an unknown instruction set was taken");
   } catch (const std::exception& error) {

@@ -20,12 +20,9 @@ HOST = [
     "cpu/bank.cpp",
     "cpu/dispatch.cpp",
     "cpu/evolution.cpp",
-<<<<<<< HEAD
     "cpu/moments.cpp",
-=======
     "cpu/point_readout.cpp",
     "cpu/readout.cpp",
->>>>>>> readouts
     "common/model_view.cpp",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]

@@ -24,7 +24,7 @@ constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int kPanelNeurons = kRegisters >= 32 ? 8 : 4;
 constexpr int kRowBlock = 128;     // a panel of 48 columns is 25 KB
 constexpr int kMomentsTile = 480;  // columns
-constexpr int kCacheLine = 64;          // bytes
+constexpr int kCacheLine = 64;     // bytes
 static_assert(kMomentsTile % kPanel == 0, "no panel crosses tiles");
 static_assert(kResponseGroup % kPanelNeurons == 0, "no block of neurons crosses groups");
 
