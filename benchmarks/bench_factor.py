@@ -194,7 +194,14 @@ def _timed(
     return rows
 
 
+def settle_memory() -> None:
+    """Bring glibc's thresholds for giving memory back to their largest values for all; see bench_evolution."""
+    block = torch.ones(31 << 18)
+    del block
+
+
 def _child(part: str, threads: int, budget: float, rows_file: Path) -> None:
+    settle_memory()
     torch.set_num_threads(threads)
     cl.set_num_threads(threads)
     rows = PARTS[part](threads, budget)

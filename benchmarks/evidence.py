@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 import cortexloop as cl
 from cortexloop import features, io
-from cortexloop.models import SharedCompactModel
 from tables import number, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,16 +64,10 @@ def single_trials(session: str) -> NDArray[np.float64] | None:
         return np.ascontiguousarray(archive[key].transpose(1, 0, 2)).astype(np.float64) if key in archive else None
 
 
-def shared_network(layer: int) -> features.ModuleFeatures:
+def shared_network(layer: int) -> features.BankFeatures:
     """A layer of the published shared compact model with 35 filters, after its ReLU."""
     (weights,) = io.load_shared(data_folder() / "shared_compact_models.npz", names=[SHARED_MODEL])
-    model = SharedCompactModel.from_weights(weights)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    preprocess = features.Preprocess.recentred()
-    return features.ModuleFeatures(
-        model, f"trunk.layers.{layer}", preprocess=preprocess, batch=50, name=f"{SHARED_MODEL} layer {layer}"
-    )
+    return features.BankFeatures.of_weights(weights, layer, batch=50)
 
 
 def compact_models(session: str) -> cl.ModelBank:

@@ -19,7 +19,8 @@ Init = Literal["nndsvda", "nndsvd", "random"]
 Solver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _NEGLIGIBLE = 1e-6  # of the largest factor's norm: below it, a factor is what rounding leaves
-_CHUNK_BYTES = 200_000_000  # of reconstructions in memory at once
+_CPU_BYTES = 8_000_000  # of matrices at a time; temporary copies of them are then reused memory, in the cache
+_GPU_BYTES = 1_000_000_000
 
 
 @overload
@@ -124,24 +125,29 @@ def factorize(
             f"rank should lie in 1..{most}, the smaller of {m.shape[1]} channels and {inner.shape[2]} x "
             f"{inner.shape[3]} positions inside the border, got {wanted[0] if len(wanted) == 1 else wanted}"
         )
-    matrices = inner.flatten(2).mT.contiguous()  # [T, n, C]
-    found = {}
+    restarts = restarts if init == "random" else 1
+    solvers: dict[int, Solver] = {}
+    every: dict[str, Any] = {"method": method, "border": border}
     for r in wanted:
-        settings: dict[str, Any] = {"method": method, "rank": r, "border": border}
-        if method != "svd":
-            settings |= {"max_iterations": max_iterations, "tolerance": tolerance}
         if method == "posneg_nmf":
-            settings |= {"init": init, "alpha": alpha, "l1_ratio": l1_ratio}
-            settings |= {"seed": seed, "restarts": restarts} if init == "random" else {}
-            masks, vectors, iterations = _posneg(
-                matrices, r, init, seed, restarts if init == "random" else 1, max_iterations, tolerance, alpha, l1_ratio
-            )
+            start: dict[str, Any] = {"init": init, "seed": seed, "restarts": restarts}
+            stop: dict[str, Any] = {"max_iterations": max_iterations, "tolerance": tolerance}
+            solvers[r] = partial(_posneg, rank=r, penalty=Penalty(alpha, l1_ratio), **start, **stop)
+            every |= {**stop, "init": init, "alpha": alpha, "l1_ratio": l1_ratio}
+            every |= start if init == "random" else {}
         elif method == "semi_nmf":
-            solve = partial(batched_semi_nmf, rank=r, max_iterations=max_iterations, tolerance=tolerance)
-            masks, vectors, iterations = _in_chunks(matrices, solve)
+            every |= {"max_iterations": max_iterations, "tolerance": tolerance}
+            solvers[r] = partial(batched_semi_nmf, rank=r, max_iterations=max_iterations, tolerance=tolerance)
         else:
-            masks, vectors, iterations = _in_chunks(matrices, partial(_svd, rank=r))
-        found[r] = _assembled(m, matrices, masks, vectors, iterations, border, settings)
+            solvers[r] = partial(_svd, rank=r)
+    parts: dict[int, list[tuple[Tensor, ...]]] = {r: [] for r in solvers}
+    for part in torch.split(inner, _at_a_time(inner)):
+        matrices = part.flatten(2).mT.contiguous()  # [T, n, C]
+        for r, solve in solvers.items():
+            masks, vectors, iterations = solve(matrices)
+            masks, vectors = in_order(masks, vectors)
+            parts[r].append((masks, vectors, iterations, *reconstruction_quality(matrices, masks, vectors)))
+    found = {r: _assembled(m, parts[r], border, {**every, "rank": r}) for r in solvers}
     return found[rank] if ranks is None else found
 
 
@@ -195,16 +201,11 @@ def reconstruction_quality(matrices: Tensor, masks: Tensor, vectors: Tensor) -> 
         1 - |M - Mhat|^2 / |M|^2, 1 - |M - Mhat| / |M|, and the Pearson correlation over elements, float64 [T] each; 0
         where a denominator is 0.
     """
-    m_sum, total, rest = (matrices.new_zeros(len(matrices), dtype=torch.float64) for _ in range(3))
     size = matrices.shape[1] * matrices.shape[2]
-    step = max(1, _CHUNK_BYTES // (size * matrices.element_size()))
-    for start in range(0, len(matrices), step):
-        part = slice(start, start + step)
-        m = matrices[part]
-        difference = torch.baddbmm(m, masks[part].mT, vectors[part], alpha=-1).flatten(1)
-        rest[part] = torch.linalg.vector_norm(difference, dim=1).double().square()
-        total[part] = torch.linalg.vector_norm(m.flatten(1), dim=1).double().square()
-        m_sum[part] = m.flatten(1).sum(1).double()
+    difference = torch.baddbmm(matrices, masks.mT, vectors, alpha=-1).flatten(1)
+    rest = torch.linalg.vector_norm(difference, dim=1).double().square()
+    total = torch.linalg.vector_norm(matrices.flatten(1), dim=1).double().square()
+    m_sum = matrices.sum((1, 2)).double()
     h, v = masks.double(), vectors.double()
     fit_square = ((h @ h.mT) * (v @ v.mT)).sum((1, 2))
     fit_sum = (h.sum(2) * v.sum(2)).sum(1)
@@ -234,34 +235,34 @@ def in_order(masks: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _posneg(
     matrices: Tensor,
+    *,
     rank: int,
     init: str,
     seed: int,
     restarts: int,
     max_iterations: int,
     tolerance: float,
-    alpha: float,
-    l1_ratio: float,
+    penalty: Penalty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """NMF of the parts of each sign; matrices without negative entries are not stacked, as published."""
     count, n, channels = matrices.shape
     masks, vectors = matrices.new_empty(count, rank, n), matrices.new_empty(count, rank, channels)
     iterations = torch.empty(count, dtype=torch.int64)
-    signed = (matrices < 0).flatten(1).any(1)
+    signed = matrices.amin((1, 2)) < 0
     for stacked in (False, True):
         chosen = torch.nonzero(signed == stacked)[:, 0]
         if len(chosen) == 0:
             continue
         tries = chosen.repeat_interleave(restarts)
         w, h, steps = batched_nmf(
-            matrices[tries] if len(tries) != count else matrices,
+            matrices if len(chosen) == count and restarts == 1 else matrices[tries],
             rank,
             signed=stacked,
             init=init,
             seeds=[seed + restart for _ in range(len(chosen)) for restart in range(restarts)],
             max_iterations=max_iterations,
             tolerance=tolerance,
-            penalty=Penalty(alpha, l1_ratio),
+            penalty=penalty,
         )
         v = h[..., :channels] - h[..., channels:] if stacked else h
         if restarts > 1:
@@ -281,27 +282,16 @@ def _svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u.to(matrices.dtype), (u @ m).to(matrices.dtype), torch.zeros(len(m), dtype=torch.int64)
 
 
-def _in_chunks(matrices: Tensor, solve: Solver) -> tuple[Tensor, Tensor, Tensor]:
-    """`solve` on as many neurons at a time as leave their float64 copies and Gram matrices in memory."""
-    _, n, channels = matrices.shape
-    step = max(1, _CHUNK_BYTES // (8 * n * (n + channels)))
-    parts = [solve(matrices[start : start + step]) for start in range(0, len(matrices), step)]
-    if not parts:
-        parts = [solve(matrices)]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+def _at_a_time(inner: Tensor) -> int:
+    """Neurons whose matrices stay in the cache of a CPU, and whose copies fit in the memory of a GPU."""
+    size = inner[0].numel() * inner.element_size() if len(inner) else 1
+    return max(1, (_CPU_BYTES if inner.device.type == "cpu" else _GPU_BYTES) // size)
 
 
-def _assembled(
-    tensor: Tensor,
-    matrices: Tensor,
-    masks: Tensor,
-    vectors: Tensor,
-    iterations: Tensor,
-    border: int,
-    settings: dict[str, Any],
-) -> Factors:
-    masks, vectors = in_order(masks, vectors)
-    explained, published, correlation = reconstruction_quality(matrices, masks, vectors)
+def _assembled(tensor: Tensor, parts: Sequence[tuple[Tensor, ...]], border: int, settings: dict[str, Any]) -> Factors:
+    masks, vectors, iterations, explained, published, correlation = (
+        torch.cat(values) for values in zip(*parts, strict=True)
+    )
     count, _, h, w = tensor.shape
     full = tensor.new_zeros(count, masks.shape[1], h, w)
     cropped(full, border).copy_(masks.view(count, masks.shape[1], h - 2 * border, w - 2 * border))
@@ -316,8 +306,8 @@ def _assembled(
         iterations=iterations,
         settings=settings,
     )
-    present = matrices.flatten(1).any(1)
-    short = torch.nonzero(present & (factors.norms == 0).any(1))[:, 0]
+    content = factors.norms > 0
+    short = torch.nonzero(content.any(1) & ~content.all(1))[:, 0]
     if len(short):
         warnings.warn(
             f"the tensors of neurons {listed(short)} have a lower rank than {masks.shape[1]}: their last factors are "

@@ -84,8 +84,9 @@ def batched_nmf(
         backend="reference" if scaled.dtype == torch.float64 else "auto",
     )
     # Positions and channels of zeros have an exact optimum at 0, which rounding may miss by a hair.
-    occupied = scaled.ne(0)
-    w, h = w * occupied.any(2)[:, None], (h.view(len(h), -1, columns) * occupied.any(1)[:, None]).view_as(h)
+    size = scaled.abs()
+    w = torch.where(size.amax(2)[:, None] > 0, w, 0.0)
+    h = torch.where(size.amax(1)[:, None] > 0, h.view(len(h), -1, columns), 0.0).view_as(h)
     masks[present], vectors[present] = w, h * scale[present, None, None]
     iterations[present.cpu()] = steps
     return masks, vectors, iterations
