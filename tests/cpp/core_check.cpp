@@ -5,7 +5,8 @@
 //
 // Files are described in problem.h.
 //
-// Then the operators on populations of codes: every instruction set and thread count has to give the first one's bits.
+// Then the operators on populations of codes, and readouts (readout_check.cpp): every instruction set and thread count has to
+// give the first one's bits.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,8 @@
 #include "cortexloop/moments.h"
 #include "cortexloop/parallel.h"
 #include "problem.h"
+
+void check_readouts();
 
 namespace {
 
@@ -231,11 +234,15 @@ int main(int argc, char** argv) {
     check_codes(0, 4, 8, 1);
     check_codes(2, 0, 8, 1);
     refuse_codes();
+<<<<<<< HEAD
     for (const std::int64_t columns : {1, 49, 1500}) {
       check_moments(5, columns, 3);
       check_moments(132, columns, 9);
     }
     refuse_moments();
+=======
+    check_readouts();
+>>>>>>> readouts
     if (cpu::set_isa("none such") != Status::invalid_argument)
       throw std::runtime_error("an unknown instruction set was taken");
   } catch (const std::exception& error) {
