@@ -99,8 +99,9 @@ class Baseline:
             reducer = regression.PCA(min(750, most) if components is None else components)
             reducer.fit(_flat(learned))
         elif kind == "srp":
-            wanted = "auto" if components is None else components
-            reducer = regression.SparseRandomProjection(wanted, images=len(batches), seed=seed)
+            reducer = regression.SparseRandomProjection(
+                "auto" if components is None else components, images=len(batches), seed=seed
+            )
         reduced = torch.cat([_reduced(kind, reducer, features) for _, features in batches])
         linear = fitting.regressed(
             reduced, y, regressor, alphas, folds, seed, unusable="exclude" if len(constant) else "error"
@@ -241,4 +242,5 @@ def _out_of_projection(reducer: regression.SparseRandomProjection, weights: Tens
         positions, signs = reducer.row(component, features)
         sign = torch.from_numpy(signs).to(weights)
         found[:, torch.from_numpy(positions).to(weights.device)] += weights[:, component, None] * sign
-    return found / (reducer.density_for(features) * reducer.components) ** 0.5
+    scale: float = (reducer.density_for(features) * reducer.components) ** -0.5
+    return found * scale
