@@ -47,6 +47,7 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 void bind_bank_pullback(py::module_& m);
 void bind_moments(py::module_& m);
+void bind_nmf(py::module_& m);
 void bind_lasso(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -221,5 +222,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   bind_bank_pullback(m);
   bind_lasso(m);
   bind_moments(m);
+  bind_nmf(m);
   bind_readout(m);
 }

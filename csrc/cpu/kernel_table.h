@@ -8,6 +8,7 @@
 #include "cortexloop/evolution.h"
 #include "cortexloop/lasso.h"
 #include "cortexloop/moments.h"
+#include "cortexloop/nmf.h"
 #include "readout_kernels.h"
 
 namespace cortexloop {
@@ -81,6 +82,10 @@ struct Kernels {
   std::int64_t (*lasso_scratch_doubles)(const LassoSets& sets);
   void (*lasso_problem)(const LassoPathArgs& args, std::int64_t problem, double* scratch);
   ReadoutKernels readout;
+
+  // One non-negative factorization, and the floats of scratch that it needs.
+  std::int64_t (*nmf_scratch_floats)(const NmfArgs& args);
+  void (*nmf_problem)(const NmfArgs& args, std::int64_t problem, float* scratch);
 };
 
 const Kernels* kernels_generic();

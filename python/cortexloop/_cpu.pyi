@@ -171,6 +171,23 @@ def point_readout_gradient(
     d_positions: int,
     d_vectors: int,
 ) -> None: ...
+def nmf(
+    matrices: int,
+    problems: int,
+    rows: int,
+    columns: int,
+    rank: int,
+    is_signed: bool,
+    l1_w: float,
+    l2_w: float,
+    l1_h: float,
+    l2_h: float,
+    tolerance: float,
+    max_iterations: int,
+    w: int,
+    h: int,
+    iterations: int,
+) -> None: ...
 
 class BankPlan:
     def __init__(

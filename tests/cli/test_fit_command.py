@@ -157,8 +157,10 @@ def test_files_hold_the_numbers_of_the_library(planted, found):
     x, y = predicted[:, held], recorded[:, held]
     np.testing.assert_allclose(column(table, "r"), metrics.pearson_r(x, y), rtol=1e-6)
     np.testing.assert_allclose(column(table, "r2"), metrics.coefficient_of_determination(x, y), rtol=1e-6)
-    np.testing.assert_allclose(column(table, "fev"), metrics.fev(x, y), rtol=1e-6)
-    np.testing.assert_allclose(column(table, "ceiling"), metrics.noise_ceiling(planted.raw[:, held], seed=0), rtol=1e-6)
+    np.testing.assert_allclose(column(table, "fev"), 1 - (y - x).var(1) / y.var(1), rtol=1e-6)
+    merits = model.report(planted.features[held], y.T, raw=planted.raw[:, held].transpose(1, 0, 2))
+    np.testing.assert_allclose(column(table, "ceiling"), merits["ceiling"], rtol=1e-6)
+    np.testing.assert_allclose(column(table, "r_over_ceiling"), merits["normalised"], rtol=1e-5)
     assert model.factors.explained is not None
     np.testing.assert_allclose(column(table, "explained"), model.factors.explained.numpy(), rtol=1e-6)
     np.testing.assert_allclose(column(table, "kept"), model.kept.numpy(), rtol=1e-6)

@@ -6,6 +6,7 @@
 #include "evolution.inl.h"
 #include "lasso.inl.h"
 #include "moments.inl.h"
+#include "nmf.inl.h"
 #include "point_readout.inl.h"
 #include "readout.inl.h"
 
@@ -47,7 +48,9 @@ constexpr Kernels make_kernels(const char* name) {
                  moments_columns,
                  lasso_scratch_doubles,
                  lasso_problem,
-                 kReadoutKernels};
+                 kReadoutKernels,
+                 nmf_scratch_floats,
+                 nmf_problem};
 }
 
 }  // namespace

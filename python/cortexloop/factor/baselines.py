@@ -31,7 +31,7 @@ class Baseline:
 
     kind: Kind
     readout: Tensor
-    """[T, P] weights of what is read: of all C H W features, of their C means, or of a projection."""
+    """[T, C H W] weights in the map; [T, C], of the means, for "average"."""
     intercept: Tensor
     """float64 [T]"""
     linear: regression.LinearModel
@@ -99,14 +99,19 @@ class Baseline:
             reducer = regression.PCA(min(750, most) if components is None else components)
             reducer.fit(_flat(learned))
         elif kind == "srp":
-            reducer = _projection(components, seed)
+            reducer = regression.SparseRandomProjection(
+                "auto" if components is None else components, images=len(batches), seed=seed
+            )
         reduced = torch.cat([_reduced(kind, reducer, features) for _, features in batches])
         linear = fitting.regressed(
             reduced, y, regressor, alphas, folds, seed, unusable="exclude" if len(constant) else "error"
         )
         readout, intercept = linear.weights, linear.intercept
-        if kind == "pca":
-            readout, intercept = _out_of_components(reducer, learned, readout, intercept)
+        if kind == "pca":  # components are orthonormal: a sum of them with these weights
+            readout = reducer.inverse(readout) - reducer.mean
+            intercept = intercept - readout @ reducer.mean
+        elif kind == "srp":
+            readout = _out_of_projection(reducer, readout, int(np.prod(batches.shape)))
         return cls(
             kind=kind,
             readout=readout.float(),
@@ -144,20 +149,13 @@ class Baseline:
             )
         weights = self.readout.to(batches.device)
         predicted = weights.new_zeros(len(batches), len(self), dtype=torch.float64)
-        reducer = _projection(self.settings["components"], self.settings["seed"]) if self.kind == "srp" else None
         for part, features in batches:
-            predicted[part] = (_reduced(self.kind, reducer, features).to(weights) @ weights.T).double()
+            predicted[part] = (_reduced(self.kind, None, features).to(weights) @ weights.T).double()
         return (predicted + self.intercept.to(predicted)).float()
 
     def weights(self) -> Tensor:
-        """The readout in full, [T, C, H, W].
-
-        Raises:
-            ValueError: for "srp", whose projection is not written out.
-        """
+        """The readout in full, [T, C, H, W]."""
         c, h, w = self.feature_shape
-        if self.kind == "srp":
-            raise ValueError("a sparse random projection is not written out as weights of features; use another kind")
         if self.kind == "average":
             return (self.readout / (h * w))[..., None, None].expand(-1, c, h, w).contiguous()
         return self.readout.view(-1, c, h, w)
@@ -237,27 +235,12 @@ def _reduced(kind: Kind, reducer: Any, features: Tensor) -> Tensor:
     return reduced
 
 
-def _projection(components: int | None, seed: int) -> Any:
-    return regression.SparseRandomProjection("auto" if components is None else components, seed=seed)
-
-
-def _out_of_components(
-    reducer: Any, learned: FeatureBatches, weights: Tensor, intercept: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights of principal components [T, k] as weights of features [T, P], and the intercept that goes with them.
-
-    The scores Z of the images that the components were found on have orthogonal columns, so that the components are
-    diag(1 / |z|^2) Z' X: they need not be known, nor kept.
-    """
-    squares = weights.new_zeros(weights.shape[1])
-    for _, features in learned:
-        squares += reducer.transform(features.flatten(1)).double().square().sum(0)
-    scaled = weights / squares.clamp(min=1e-300)
-    found = weights.new_zeros(len(weights), int(np.prod(learned.shape)))
-    total = torch.zeros_like(found[0])
-    for _, features in learned:
-        flat = features.flatten(1)
-        coefficients = reducer.transform(flat).double() @ scaled.T  # [b, T]
-        found += coefficients.T @ flat.double()
-        total += flat.double().sum(0)
-    return found, intercept - found @ (total / len(learned))
+def _out_of_projection(reducer: regression.SparseRandomProjection, weights: Tensor, features: int) -> Tensor:
+    """Weights of projected features [T, k] as weights of features [T, P]."""
+    found = weights.new_zeros(len(weights), features)
+    for component in range(reducer.components):
+        positions, signs = reducer.row(component, features)
+        sign = torch.from_numpy(signs).to(weights)
+        found[:, torch.from_numpy(positions).to(weights.device)] += weights[:, component, None] * sign
+    scale: float = (reducer.density_for(features) * reducer.components) ** -0.5
+    return found * scale

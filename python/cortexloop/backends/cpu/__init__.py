@@ -7,12 +7,15 @@ from cortexloop.backends.cpu.bank import BankOperators
 from cortexloop.backends.cpu.evolution import CodeOperators
 from cortexloop.backends.cpu.lasso import LassoOperators
 from cortexloop.backends.cpu.moments import MomentOperators
+from cortexloop.backends.cpu.nmf import NmfOperators
 from cortexloop.backends.cpu.pullback import PullbackOperators
 from cortexloop.backends.cpu.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 
-class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperators, LassoOperators, ReadoutOperators):
+class CpuBackend(
+    BankOperators, PullbackOperators, CodeOperators, MomentOperators, LassoOperators, NmfOperators, ReadoutOperators
+):
     """All operators on the CPU."""
 
     name = "cpu"
@@ -25,6 +28,8 @@ class CpuBackend(BankOperators, PullbackOperators, CodeOperators, MomentOperator
             return self.codes_unsupported(problem)
         if problem.op == "feature_moments":
             return self.moments_unsupported(problem)
+        if problem.op == "nmf":
+            return self.nmf_unsupported(problem)
         if problem.op == "lasso_path":
             return self.lasso_unsupported(problem)
         if problem.op in ("factorized_readout", "point_readout"):

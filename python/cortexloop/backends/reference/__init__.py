@@ -8,6 +8,7 @@ from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
 from cortexloop.backends.reference.moments import MomentOperators
+from cortexloop.backends.reference.nmf import NmfOperators
 from cortexloop.backends.reference.pullback import PullbackOperators
 from cortexloop.backends.reference.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
@@ -22,13 +23,14 @@ _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "feature_moments": ("features", (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
     "factorized_readout": ("features", (torch.float32, torch.float64)),
     "point_readout": ("features", (torch.float32, torch.float64)),
+    "nmf": ("matrices", (torch.float32, torch.float64)),
     "lasso_path": ("Gram matrices", (torch.float64,)),
 }
 """What each operator works on, and its dtypes."""
 
 
 class ReferenceBackend(
-    BankOperators, CodeOperators, PullbackOperators, MomentOperators, LassoOperators, ReadoutOperators
+    BankOperators, CodeOperators, PullbackOperators, MomentOperators, LassoOperators, NmfOperators, ReadoutOperators
 ):
     """Plain torch; takes everything."""
 

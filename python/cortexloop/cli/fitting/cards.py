@@ -19,7 +19,7 @@ from cortexloop.factor import Factors, Gaussians, back_projected, feature_field,
 
 CHANNELS = 6
 SEEN = 5
-NOISE_IMAGES = 24
+NOISE_IMAGES = 16
 """Images through which gradients are averaged, for the fields in pixels."""
 
 LEVEL = 0.3

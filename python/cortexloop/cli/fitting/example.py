@@ -48,14 +48,16 @@ class FilterNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kernels, self.channels = _filters()
-        self.simple = nn.Conv2d(3, len(kernels), _TAPS, stride=_STRIDE, padding=_TAPS // 2, bias=False)
-        weights = torch.from_numpy(kernels)[:, None] * torch.tensor(_LUMINANCE)[:, None, None]
-        self.simple.weight = nn.Parameter(weights.to(torch.float32), requires_grad=False)
+        self.luminance = nn.Conv2d(3, 1, 1, bias=False)
+        self.simple = nn.Conv2d(1, len(kernels), _TAPS, stride=_STRIDE, padding=_TAPS // 2, bias=False)
+        fixed = ((self.luminance, np.array(_LUMINANCE)[None, :, None, None]), (self.simple, kernels[:, None]))
+        for layer, weights in fixed:
+            layer.weight = nn.Parameter(torch.from_numpy(weights).to(torch.float32), requires_grad=False)
         self.rectified = nn.ReLU()
         self.pooled = nn.AvgPool2d(_POOL)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.pooled(self.rectified(self.simple(images)))
+        maps: Tensor = self.pooled(self.rectified(self.simple(self.luminance(images))))
         return maps
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,15 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cortexloop import metrics
 from cortexloop.cli.console import bad_input, progress
-from cortexloop.cli.fitting.baselines import predict_baseline
 from cortexloop.cli.fitting.cards import Fitted
 from cortexloop.cli.fitting.data import Excluded, Recorded
 from cortexloop.cli.fitting.findings import Double, Method
 from cortexloop.cli.fitting.maps import Maps
 from cortexloop.cli.fitting.options import BASELINES, FitOptions, settle_threshold
-from cortexloop.factor import FactorModel, Factors, FeatureMoments, Thresholded, factorize, threshold
+from cortexloop.factor import Baseline, FactorModel, Factors, FeatureMoments, Thresholded, factorize, threshold
 
 PERMUTATIONS = 100
 BEYOND = 2
@@ -83,7 +82,6 @@ def fit(
     kind: Any
     kind, level = settle_threshold(options.threshold)
     responses = torch.from_numpy(recorded.responses)
-    held_responses = recorded.responses[held]
     with progress("fitting", 4 + len(baselines), quiet=options.json) as bar, bad_input():
         begin = time.perf_counter()
         permutations = PERMUTATIONS if kind in ("permutation", "familywise") else 0
@@ -113,24 +111,25 @@ def fit(
         model = replace(model, kept=survivors.kept.cpu(), settings=settings)
         scores = model.scores(maps)
         predictions = model.output(scores).double().cpu().numpy()
-        methods = [_method("factors", _label(options), predictions[held], held_responses, shared + seconds)]
+        raw = None if recorded.raw is None else recorded.raw[:, held].transpose(1, 0, 2)
+        tests, truth = maps[torch.from_numpy(held).to(maps.device)], recorded.responses[held]
+        merits = model.report(tests, truth, raw=raw, seed=options.seed)
+        methods = [_method("factors", _label(options), merits, shared + seconds)]
         bar.advance()
+        described = {}
         if reduction is not None:
             alone, seconds = _timed(lambda: factor_model(None, "auto"))
-            found = alone.predict(maps[held]).double().cpu().numpy()
-            methods.append(_method(ALONE, "factors alone", found, held_responses, shared + seconds))
+            methods.append(_method(ALONE, "factors alone", alone.report(tests, truth), shared + seconds))
+            described[ALONE] = "the sum of the factors and a softplus, without a regression"
         bar.advance()
-        described = {ALONE: "the sum of the factors and a softplus, without a regression"}
         for name in baselines:
-            (found, described[name]), seconds = _timed(
-                lambda name=name: predict_baseline(name, maps, responses, train, held, seed=options.seed)  # type: ignore[misc]
-            )
-            methods.append(_method(name, BASELINES[name], found, held_responses, seconds))
+            make = partial(_baseline, name, maps, responses, train, options)
+            (found, described[name]), seconds = _timed(make)
+            methods.append(_method(name, BASELINES[name], found.report(tests, truth), seconds))
             bar.advance()
-    ceiling = None
-    if recorded.raw is not None:
-        ceiling = np.asarray(metrics.noise_ceiling(recorded.raw[:, held], seed=options.seed))
-        ceiling = ceiling if np.isfinite(ceiling).any() else None
+    ceiling = merits.get("ceiling")
+    if ceiling is not None and not np.isfinite(ceiling).any():
+        ceiling = None
     channels, height, width = maps.shape[1:]
     most = min(channels, (height - 2 * options.border) * (width - 2 * options.border))
     assert factors.explained is not None
@@ -196,12 +195,25 @@ def _timed(make: Callable[[], Result]) -> tuple[Result, float]:
     return made, time.perf_counter() - begin
 
 
-def _method(name: str, label: str, predicted: Double, responses: Double, seconds: float) -> Method:
-    x, y = predicted.T, responses.T
-    return Method(
-        name, label, np.asarray(metrics.pearson_r(x, y)), np.asarray(metrics.coefficient_of_determination(x, y)),
-        np.asarray(metrics.fev(x, y)), seconds,
-    )  # fmt: skip
+def _method(name: str, label: str, merits: dict[str, Double], seconds: float) -> Method:
+    return Method(name, label, merits["pearson"], merits["r2"], merits["fev"], seconds)
+
+
+def _baseline(
+    name: str, maps: Tensor, responses: Tensor, train: NDArray[np.int64], options: FitOptions
+) -> tuple[Baseline, str]:
+    """One of `BASELINES`, and what it is in words."""
+    kind: Any
+    kind, regressor = {"dense-ridge": ("dense", "ridge"), "lasso": ("pca", "lasso")}.get(name, (name, "ridge"))
+    made: Any = Baseline.fit
+    found: Baseline = made(None, maps, responses, kind=kind, regressor=regressor, train=train, seed=options.seed)
+    count = found.settings["features"]
+    what = {
+        "pca": f"{count:,} principal components of the images to fit on",
+        "srp": f"{count:,} sparse random projections",
+        "dense": f"all {count:,} features",
+    }[kind]
+    return found, f"{regressor} on {what}, its strength by cross-validation"
 
 
 def _label(options: FitOptions) -> str:

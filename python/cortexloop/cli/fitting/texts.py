@@ -52,10 +52,11 @@ def method_texts(findings: FitFindings) -> list[tuple[str, str]]:
         ),
     ]
     if findings.ceiling is not None:
-        text = (
-            "the correlation that a perfect model could reach with responses averaged over this many repeats, from the "
+        text = "the correlation that a perfect model could reach with responses averaged over this many repeats: the "
+        text += (
+            "square root of their reliability, by random halves of the repeats and the formula of Spearman and Brown."
         )
-        found.append(("Ceiling", text + "agreement of resampled repeats (cortexloop.metrics.noise_ceiling)."))
+        found.append(("Ceiling", text))
     fields = "the first follows from the factors alone, the sum of |vector| times mask over factors, without any image"
     if any(card.gradient is not None for card in findings.cards):
         fields += (
