@@ -21,6 +21,7 @@ import cortexloop as cl
 import evidence
 from cortexloop import factor, metrics
 from evidence import Result, median
+from evidence_recovery import ALPHAS
 
 SESSION, LAYER, RANK, TRAINING = "201025", 3, 3, 600
 DENSE = "covariance, dense"
@@ -38,7 +39,7 @@ def chosen_neurons(count: int) -> NDArray[np.int64]:
 def main() -> None:
     """Run the experiment."""
     chosen = evidence.options(__doc__)
-    neurons = chosen_neurons(2 if chosen.quick else 30)
+    neurons = chosen_neurons(2 if chosen.quick else 24)
     starts, steps = (1, 5) if chosen.quick else (2, 100)
     source = evidence.shared_network(LAYER)
     images = evidence.session_images(SESSION)[:TRAINING]
@@ -49,7 +50,7 @@ def main() -> None:
     moments.update(maps, torch.from_numpy(responses).float())
     covariance = factor.threshold(moments, "two_sided").tensor
     low_rank = factor.factorize(covariance, "posneg_nmf", rank=RANK, border=1)
-    ridge = factor.Baseline.fit(None, maps, responses, kind="dense").weights()
+    ridge = factor.Baseline.fit(None, maps, responses, kind="dense", alphas=ALPHAS).weights()
     readouts: dict[str, torch.Tensor | factor.Factors] = {
         f"rank {RANK}": low_rank,
         DENSE: factor.threshold(moments, "none").tensor,

@@ -74,8 +74,6 @@ def models(quick: bool) -> dict[str, Callable[[Tensor, Tensor], Fitted]]:
     return {
         MAIN: factors(3, "mask"),
         "factor model, rank 1, mask + ridge": factors(1, "mask"),
-        "factor model, rank 3, vector + ridge": factors(3, "vector"),
-        "factor model, rank 3, published threshold, mask + ridge": factors(3, "mask", threshold="published"),
         "factor model, rank 3, covariance factors, softplus": factors(3, None),
         "PCA 1000 + ridge": baseline("pca", components=30 if quick else 1000),
         "sparse random projection + ridge": baseline("srp", components=100 if quick else None),
