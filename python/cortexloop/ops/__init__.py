@@ -7,6 +7,7 @@ The backend is an argument, so that a traced graph shows it. May import: `backen
 
 from __future__ import annotations
 
+from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.backends.registry import (
     OPS,
     BackendError,
@@ -26,7 +27,6 @@ from cortexloop.ops.bank import (
     evaluate_gradient,
     problem,
 )
-from cortexloop.backends.lasso_sets import LassoSets
 from cortexloop.ops.evolution import (
     code_moments,
     low_rank_product,

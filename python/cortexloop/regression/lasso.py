@@ -99,7 +99,9 @@ def lasso(
     k = int(held_out.max()) + 1
     errors = torch.zeros(len(grid), data.neurons, dtype=torch.float64, device=x.device)
     counted = _Counted(tol)
-    for train, block, path in data.solve(held_out.to(x.device) != torch.arange(k, device=x.device)[:, None], grid, tol, max_sweeps, counted):
+    for train, block, path in data.solve(
+        held_out.to(x.device) != torch.arange(k, device=x.device)[:, None], grid, tol, max_sweeps, counted
+    ):
         errors[:, block] += data.scores(train, block, path.weights, scoring) / k
     alpha = torch.take_along_dim(grid, errors.argmax(dim=0)[None], dim=0)
     steps = torch.linspace(0, 1, STEPS, dtype=torch.float64, device=x.device)[:, None]
@@ -170,8 +172,8 @@ class _Counted:
     def warn(self) -> None:
         if self.short:
             warnings.warn(
-                f"{self.short} of {self.all} lasso solutions have a duality gap above tol = {self.tol:g}, the largest is "
-                f"{self.worst:.3g} (relative to the responses' sum of squares); raise max_sweeps, tol or the alphas",
+                f"{self.short} of {self.all} lasso solutions have a duality gap above tol = {self.tol:g}, the largest "
+                f"is {self.worst:.3g} (relative to the responses' sum of squares); raise max_sweeps, tol or the alphas",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -225,7 +227,7 @@ class _Data:
         together = max(1, WEIGHTS_LIMIT // (per_neuron * some))
         if self.gram_form:
             together = min(together, max(1, GRAM_LIMIT // (8 * self.features**2)))
-        for masks in train.split(together):
+        for masks in torch.split(train, together):
             sets, cross, squares, centred = self._sets(masks)
             for start in range(0, self.neurons, some):
                 block = slice(start, min(start + some, self.neurons))

@@ -9,7 +9,6 @@ from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
 from cortexloop.backends.registry import Problem
 
-
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 
 _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
