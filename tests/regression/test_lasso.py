@@ -34,7 +34,7 @@ def problem(n: int, p: int, t: int = 3, seed: int = 0) -> Data:
 
 
 def violation(x: Any, y: Any, weights: Any, alpha: Any) -> float:
-    """Largest violation of the optimality conditions, over alpha: X'r / n = alpha sign(w), within alpha where w is 0."""
+    """Largest violation of the optimality conditions, X'r / n = alpha sign(w), within alpha where w = 0; over alpha."""
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     slope = x.T @ (y - x @ weights) / len(x)
     wrong = np.where(weights != 0, np.abs(slope - alpha * np.sign(weights)), np.maximum(np.abs(slope) - alpha, 0))

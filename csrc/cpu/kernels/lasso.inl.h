@@ -351,7 +351,10 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
   const double* cross = a.cross + problem * p;
   const double* responses = set.gram == nullptr ? a.responses + problem * set.images : nullptr;
   const double* penalties = a.penalties + problem * a.n_penalties;
-  const double squares = a.squares[problem], allowed = a.tolerance * squares;
+  const double squares = a.squares[problem];
+  const double resolved = kResolved * squares, wanted = a.tolerance * squares;
+  const double allowed = wanted > resolved ? wanted : resolved;
+  const double aim = kShare * allowed > resolved ? kShare * allowed : resolved;
   for (std::int64_t j = 0; j < p; ++j) {
     s.place[j] = -1;
     s.gradient[j] = s.gradient_before[j] = cross[j];
@@ -368,7 +371,6 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
     bool idle = false;
     double gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     double limit = kNear * penalty;
-    const double aim = kShare * allowed > kResolved * squares ? kShare * allowed : kResolved * squares;
     double before = 0.0;
     for (bool moving = true; (gap > aim || idle) && moving && sweeps < a.max_sweeps; limit = penalty) {
       if (before > 0.0 && !idle && gap <= allowed && gap > 0.5 * before)

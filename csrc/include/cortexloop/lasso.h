@@ -4,7 +4,7 @@
 // coordinate descent on sets of features that grow along the path. Features and responses are centred. Each penalty starts
 // from the line through the two solutions before it.
 //
-// A problem stops when its duality gap is at most tolerance * y'y, the gap being that of the dual point r min(1, penalty / |X'r|_inf)
+// A problem stops when its duality gap is at most tolerance * y'y (1e-15 y'y if that is less), the gap being that of the dual point r min(1, penalty / |X'r|_inf)
 // with r = y - X w. Sums run in one fixed order, products and sums are rounded by themselves, and problems share nothing: results
 // have the same bits on every instruction set, and for any number of threads.
 #pragma once

@@ -32,8 +32,8 @@ def lasso_path(
 ) -> None:
     """Write the solutions of N problems along A penalties: weights [N, A, P], gaps and (int64) sweeps [N, A].
 
-    images: of all sets together. Training sets as `cortexloop.backends.lasso_sets.LassoSets`; set_of int64 [N]; the rest float64: responses
-    [N, images], cross [N, P], squares [N], penalties [N, A].
+    images: of all sets together. Training sets as `cortexloop.backends.lasso_sets.LassoSets`; set_of int64 [N]; the
+    rest float64: responses [N, images], cross [N, P], squares [N], penalties [N, A].
     """
     n, a = penalties.shape
     s, p = diagonal.shape

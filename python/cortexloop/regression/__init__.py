@@ -1,6 +1,6 @@
 """Linear readouts of features, fitted for all neurons together: Ridge, Lasso, and what makes features fewer.
 
-    model = ridge(features, responses)              # [n, P], [n, T] -> LinearModel; each neuron's alpha by leave-one-out
+    model = ridge(features, responses)              # [n, P], [n, T] -> LinearModel; alphas by leave-one-out
     model = lasso(features, responses, folds=5)
     fewer = PCA(750).fit(features).transform(features)
 

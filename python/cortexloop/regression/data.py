@@ -85,7 +85,8 @@ def as_pair(features: Matrix, responses: Matrix, unusable: Unusable) -> tuple[Te
             if bool(which.any())
         ]
         raise ValueError(
-            f'responses are {" and ".join(found)}; leave those neurons out, or say unusable="exclude" to have them listed'
+            f"responses are {' and '.join(found)}; "
+            'leave those neurons out, or say unusable="exclude" to have them listed'
         )
     if not bool(usable.any()):
         raise ValueError(f"none of the {y.shape[1]} neurons has finite responses that vary between images")

@@ -64,5 +64,5 @@ def _given(n: int, folds: NDArray[Any], labels: NDArray[Any] | None) -> Tensor:
     if labels is not None:
         for label in np.unique(labels):
             if len(np.unique(folds[labels == label])) > 1:
-                raise ValueError(f"images of group {label!r} are in more than one fold")
+                raise ValueError(f"images of group {label} are in more than one fold")
     return torch.from_numpy(folds.astype(np.int64))

@@ -172,8 +172,8 @@ class _Counted:
     def warn(self) -> None:
         if self.short:
             warnings.warn(
-                f"{self.short} of {self.all} lasso solutions have a duality gap above tol = {self.tol:g}, the largest is "
-                f"{self.worst:.3g} (relative to the responses' sum of squares); raise max_sweeps, tol or the alphas",
+                f"{self.short} of {self.all} lasso solutions have a duality gap above tol = {self.tol:g}, the largest "
+                f"is {self.worst:.3g} (relative to the responses' sum of squares); raise max_sweeps, tol or the alphas",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -227,7 +227,7 @@ class _Data:
         together = max(1, WEIGHTS_LIMIT // (per_neuron * some))
         if self.gram_form:
             together = min(together, max(1, GRAM_LIMIT // (8 * self.features**2)))
-        for masks in train.split(together):
+        for masks in torch.split(train, together):
             sets, cross, squares, centred = self._sets(masks)
             for start in range(0, self.neurons, some):
                 block = slice(start, min(start + some, self.neurons))

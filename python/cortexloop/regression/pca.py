@@ -1,8 +1,8 @@
 """Principal components of features that are many more than images, by the images' kernel matrix.
 
-With n images and P features the smaller of two matrices is diagonalised: the products of centred images [n, n] (dual; no
-matrix of P * P is ever formed), or the products of centred features [P, P]. Axes, variances and scores are those of
-scikit-learn's `PCA`, up to the signs of axes.
+With n images and P features the smaller of two matrices is diagonalised: the products of centred images [n, n] (dual;
+no matrix of P * P is ever formed), or the products of centred features [P, P]. Axes, variances and coordinates are those
+of scikit-learn's `PCA`, up to the signs of axes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PCA:
 
     Axes are kept in one of two forms. Materialised: [components, P]; an image costs components * P multiplications, and
     the training features are let go. Dual: as combinations of the training features, which stay; nothing of the size of
-    the axes is formed, and an image costs n * P. "auto" materialises up to `AXES_LIMIT` bytes. Where features are no more
-    than images, axes are always materialised.
+    the axes is formed, and an image costs n * P. "auto" materialises up to `AXES_LIMIT` bytes. Where features are
+    fewer than images, axes are always materialised.
 
     Args:
         components: how many; at most the smaller of n - 1 (n without centring) and P.
@@ -161,7 +161,10 @@ class PCA:
         if self._axes is not None:
             return self._axes[:, block].to(dtype)
         assert self._mix is not None
-        first, block_axes = 0, torch.zeros(self.components, block.stop - block.start, dtype=torch.float64, device=self.mean.device)
+        first, block_axes = (
+            0,
+            torch.zeros(self.components, block.stop - block.start, dtype=torch.float64, device=self.mean.device),
+        )
         for batch in self._kept:
             mix = self._mix[:, first : first + len(batch)]
             block_axes.addmm_(mix, batch[:, block].double() - self.mean[block])
@@ -191,7 +194,9 @@ class PCA:
         itemsize = batches[0].element_size()
         self.dual = self.form == "dual" or (self.form == "auto" and self.components * p * itemsize > AXES_LIMIT)
         if not self.dual:
-            axes = torch.empty(self.components, p, dtype=torch.float64 if itemsize == 8 else torch.float32, device=device)
+            axes = torch.empty(
+                self.components, p, dtype=torch.float64 if itemsize == 8 else torch.float32, device=device
+            )
             for block in column_blocks(axes):
                 axes[:, block] = self._axis_block(block, axes.dtype)
             self._axes, self._mix, self._kept = axes, None, []
@@ -232,7 +237,9 @@ class PCA:
     def _refuse(self, n: int, p: int) -> None:
         most = min(n - 1 if self.centre else n, p)
         if n < 2 or self.components > most:
-            raise ValueError(f"{self.components} components of {n} images with {p} features; at most {max(0, most)} exist")
+            raise ValueError(
+                f"{self.components} components of {n} images with {p} features; at most {max(0, most)} exist"
+            )
 
 
 class _Gram:

@@ -134,9 +134,7 @@ class SparseRandomProjection:
             positions = torch.from_numpy(np.concatenate([r[0] for r in rows])).to(x.device)
             signs = torch.from_numpy(np.concatenate([r[1] for r in rows])).to(x.device, dtype)
             offsets = torch.tensor(np.cumsum([0, *(len(r[0]) for r in rows[:-1])]), device=x.device)
-            sums = torch.nn.functional.embedding_bag(
-                positions, columns, offsets, mode="sum", per_sample_weights=signs
-            )
+            sums = torch.nn.functional.embedding_bag(positions, columns, offsets, mode="sum", per_sample_weights=signs)
             out[:, start : start + len(rows)] = sums.T
         return out.mul_(self._scale(p))
 

@@ -78,10 +78,8 @@ def ridge(
                 for test in (held_out == f for f in range(int(held_out.max()) + 1))
             ]
         ).mean(dim=0)
-    if per_target_alpha:
-        alpha = grid[scores.argmax(dim=0)]
-    else:
-        alpha = grid[scores.mean(dim=1).argmax()].expand(used.shape[1])
+    compared = scores if per_target_alpha else scores.mean(dim=1, keepdim=True)
+    alpha = grid[compared.argmax(dim=0)].expand(used.shape[1])
     weights = whole.weights(alpha)
     return assemble(
         responses=responses,

@@ -40,8 +40,8 @@ def fold_scores(y: Tensor, predictions: Iterable[Tensor], scoring: Scoring) -> T
     total = spread(y)
     if bool((total == 0).any()):
         raise ValueError(
-            f"responses of {int((total == 0).sum())} of {len(total)} neurons are constant within a fold of {len(y)} images, "
-            'where R2 is undefined; use fewer folds, leave-one-out, or scoring="mse"'
+            f"responses of {int((total == 0).sum())} of {len(total)} neurons are constant within a fold of {len(y)} "
+            'images, where R2 is undefined; use fewer folds, leave-one-out, or scoring="mse"'
         )
     return 1 - error / total
 
@@ -59,7 +59,7 @@ def assemble(
     kind: str,
     scoring: Scoring,
 ) -> LinearModel:
-    """The model of all neurons, from the fit of the usable ones: weights [U, P], scores [A, U], alphas [A] or [A, U]."""
+    """The model of all neurons, from that of U usable ones: weights [U, P], scores [A, U], alphas [A] or [A, U]."""
     excluded = (~usable).nonzero()[:, 0]
     if len(excluded):
         raw = torch.as_tensor(responses).to(usable.device, torch.float64)

@@ -1,7 +1,7 @@
 """Spectra of centred features, of all images and without a fold, from one Gram or kernel matrix.
 
-What leaves a fold out is an update of the whole: the Gram matrix less the products of the images held out, or a block of
-the kernel matrix, centred anew. So each image's products are formed once, however many folds there are.
+What leaves a fold out is an update of the whole: the Gram matrix less the products of the images held out, or a block
+of the kernel matrix, centred anew. So the cost of products hardly grows with the number of folds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HeldOut:
 
     def predictions(self, alphas: Tensor) -> Iterator[Tensor]:
         """Blocks [images, some alphas, T], in the order of alphas [A]."""
-        for some in alphas.split(max(1, COLUMNS // self.projected.shape[1])):
+        for some in torch.split(alphas, max(1, COLUMNS // self.projected.shape[1])):
             shrunk = self.projected[:, None] / (self.eigenvalues[:, None] + some)[..., None]
             yield (self.basis @ shrunk.flatten(1)).view(len(self.basis), len(some), -1) + self.mean
 
@@ -115,7 +115,8 @@ class Primal(Spectrum):
 
     def weights(self, alpha: Tensor) -> Tensor:
         values, vectors, projected = self._all()
-        return (vectors @ (projected / (values[:, None] + alpha))).T / self.scales
+        weights = (vectors @ (projected / (values[:, None] + alpha))).T / self.scales
+        return torch.where(self.gram.diagonal() > 0, weights, 0.0)  # exactly 0 for a constant feature
 
 
 class Dual(Spectrum):

@@ -1,7 +1,7 @@
 """Lasso in plain torch, on any device: cyclic coordinate descent, all problems in step.
 
-Each penalty starts from the solution before it. A sweep takes the features that any problem uses or should use, one after
-the other.
+Each penalty starts from the solution before it. A sweep takes the features that any problem uses or should use, one
+after the other.
 """
 
 from __future__ import annotations
