@@ -207,7 +207,7 @@ def test_the_report_is_one_page(found):
         ("--method", "svd", "--reduction", "vector", "--regressor", "lasso", "--nonlinearity", "softplus"),
         ("--threshold", "fdr:0.01", "--reduction", "factor", "--nonlinearity", "line"),
         ("--threshold", "permutation", "--rank", 2),
-        ("--baselines", "srp,lasso", "--neurons", "1"),
+        ("--baselines", "pca,srp,dense-ridge,lasso", "--neurons", "1"),
     ],
 )
 def test_choices(planted, tmp_path, arguments):

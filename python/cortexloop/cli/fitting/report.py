@@ -14,8 +14,8 @@ from cortexloop.cli.fitting.findings import Card, Ellipse, FactorShown, FieldSho
 from cortexloop.cli.fitting.texts import method_texts
 from cortexloop.cli.report import DESCRIPTIONS, breakable, shown_number
 
-STYLES = ("a", "b", "curve-c", "curve-d", "curve-e")
-"""Colours of the factor models and of up to four others."""
+STYLES = ("a", "b", "curve-c", "curve-d", "curve-e", "curve-f")
+"""Colours of the factor models, of factors alone, and of all that they can be compared with."""
 
 
 def render(findings: FitFindings) -> str:

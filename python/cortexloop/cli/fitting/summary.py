@@ -15,6 +15,9 @@ from cortexloop.cli.fitting.report import number
 ROWS = 24
 """Neurons in the printed table; the report and the files have all of them."""
 
+NAME = 24
+"""Characters of a neuron's name that are never cut, however narrow the window."""
+
 
 def summary(findings: FitFindings, report: str) -> dict[str, Any]:
     """The key numbers as plain data."""
@@ -69,20 +72,16 @@ def summarise(findings: FitFindings) -> None:
         if len(entries) > ROWS:
             stderr().print(f"... and {len(entries) - ROWS} more {kind}s, listed in run.json", soft_wrap=True)
     n_held = len(findings.held)
-    table = Table(
-        "neuron", title=f"{len(recorded.neurons)} neurons, {len(recorded.names) - n_held:,} images to fit on, "
-        f"{n_held:,} held out",
-        title_justify="left",
-    )  # fmt: skip
+    title = f"{len(recorded.neurons)} neurons, {len(recorded.names) - n_held:,} images to fit on, {n_held:,} held out"
+    if findings.methods[1:]:
+        title += f"; r of {', '.join(method.name for method in findings.methods[1:])}, too"
+    table = Table(title=title, title_justify="left")
+    longest = max(len(name) for name in recorded.neurons)
+    table.add_column("neuron", min_width=min(longest, NAME))
     ceiling = findings.ceiling
-    headings = [
-        "r",
-        *(["ceiling"] if ceiling is not None else []),
-        "R2",
-        *(f"r, {m.name}" for m in findings.methods[1:]),
-    ]
+    headings = ["r", *(["ceiling"] if ceiling is not None else []), "R2", *(m.name for m in findings.methods[1:])]
     for heading in (*headings, "explained", "kept"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=5)
     order = np.argsort(-np.nan_to_num(model.r, nan=-2), kind="stable")
     for n in order[:ROWS]:
         values = [model.r[n], *([ceiling[n]] if ceiling is not None else []), model.r2[n]]
