@@ -19,7 +19,7 @@ def nmf(
     max_iterations: int,
     iterations: Tensor,
 ) -> None:
-    """Factorize T matrices, float32 [T, n, C]; w [T, R, n], h [T, R, C (2 C if signed)] and iterations int64 [T] are set."""
+    """Factorize T matrices, float32 [T, n, C]: w [T, R, n], h [T, R, C or 2 C], iterations int64 [T] are set."""
     problems, rows, columns = matrices.shape
     rank = w.shape[1]
     cpu().nmf(
