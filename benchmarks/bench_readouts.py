@@ -10,18 +10,11 @@ ours, the run fails.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import cortexloop as cl
-from bench_bank import WrongResultError, isa, show
+import runner
+from bench_bank import WrongResultError, isa
 from cortexloop import readouts
-from record import RESULTS, Contender, Row, append, machine, measure, provenance, quantiles
+from record import Contender, Row, measure, provenance, quantiles
 
 OURS = "cortexloop"
 LIMIT = 1e-4
@@ -285,72 +279,6 @@ PARTS: dict[str, Callable[[int, float], list[Row]]] = {
 }
 
 
-# --- the runner -------------------------------------------------------------------------------------------------------
-
-
-def _child(part: str, threads: int, budget: float, rows_file: Path) -> None:
-    block = torch.ones(31 << 18)  # glibc's thresholds for giving memory back grow to their largest, for all alike
-    del block
-    warnings.simplefilter("ignore")  # of neuralpredictors, on import and on construction
-    torch.set_num_threads(threads)
-    cl.set_num_threads(threads)
-    rows = PARTS[part](threads, budget)
-    rows_file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-
-
-def run_part(part: str, threads: int, budget: float) -> list[Row]:
-    """Run one part in a fresh process.
-
-    Raises:
-        RuntimeError: the process failed; its own message is above.
-    """
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CORTEXLOOP_NUM_THREADS")
-    with tempfile.TemporaryDirectory() as folder:
-        rows_file = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "--child", part, "--threads", str(threads), "--budget", str(budget)]
-        command += ["--rows-file", str(rows_file)]
-        environment = dict(os.environ, **dict.fromkeys(names, str(threads)))
-        done = subprocess.run(command, env=environment, check=False, timeout=900)
-        if done.returncode != 0:
-            raise RuntimeError(f"part {part!r} with {threads} threads failed with exit code {done.returncode}")
-        return [Row(**row) for row in json.loads(rows_file.read_text(encoding="utf-8"))]
-
-
-def main() -> int:
-    """Measure, print, and on request record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas: {', '.join(PARTS)}")
-    parser.add_argument("--threads", default="1,2", help="thread counts, separated by commas")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds for each set of contenders")
-    parser.add_argument("--record", action="store_true", help=f"append rows to {RESULTS.name}/<machine>.csv")
-    parser.add_argument("--busy", action="store_true", help="record although other programs are using the processor")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--rows-file", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        _child(options.child, int(options.threads), options.budget, options.rows_file)
-        return 0
-    parts = options.only.split(",")
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        parser.error(f"no part named {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if options.record and not options.busy and os.getloadavg()[0] > 0.75:
-        parser.error(f"the load average is {os.getloadavg()[0]:.1f}: wait until it is below 0.75, or add --busy")
-    start = time.perf_counter()
-    failed = []
-    for part in parts:
-        for threads in map(int, options.threads.split(",")):
-            try:
-                rows = run_part(part, threads, options.budget)
-            except RuntimeError as problem:  # the other parts are still worth having
-                failed.append(str(problem))
-                continue
-            show(rows)
-            if options.record and rows:
-                append(rows, RESULTS / f"{machine()}.csv")
-    print(f"{time.perf_counter() - start:.0f} s", *failed, sep="\n")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    warnings.simplefilter("ignore")  # of neuralpredictors, on import and on construction
+    sys.exit(runner.main(__file__, __doc__, PARTS, budget=2.0))
