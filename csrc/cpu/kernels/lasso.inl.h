@@ -1,10 +1,11 @@
 // Lasso along one path of penalties; see cortexloop/lasso.h.
 //
-// Work goes on within a set of features whose products are copied into a dense matrix, so that they stay in cache: e^2 numbers for e
-// features, not e * features. Newton steps on the features in use solve the optimality conditions exactly once their signs are right;
-// where they do not get there, sweeps of coordinate descent, which always do, take over for a while. Then the gradient X'r of all
-// features is brought up to date, and those that violate the conditions join the set. It is extrapolated along the path together
-// with the weights, at no cost, because it depends on them linearly; so most that will be needed are known beforehand.
+// Newton steps on the features in use solve the optimality conditions exactly once their signs are right; where they do not get there,
+// sweeps of coordinate descent, which always do, take over for a while. Weights and the gradient X'r are extrapolated along the path
+// together, at no cost, because one depends linearly on the other; so most features that will be needed are known beforehand.
+//
+// Without a Gram matrix, work goes on within a set of features, whose products are formed as they join. Between times the gradient of
+// all features follows from the residual, and those that violate the conditions join.
 #pragma once
 
 #include "lasso_root.inl.h"
@@ -36,33 +37,41 @@ CL_INLINE LassoSet lasso_set(const LassoSets& sets, std::int64_t number) {
           p,       sets.images};
 }
 
+// All features are members, with weight 0.
+void lasso_take_all(const LassoSet& set, LassoState& s) {
+  s.size = set.features;
+  s.products = set.gram;
+  s.stride = set.features;
+  s.inner = s.gradient;
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    s.members[e] = s.place[e] = e;
+    s.slot[e] = -1;
+    s.w[e] = s.w_before[e] = 0.0;
+    s.square[e] = set.diagonal[e];
+  }
+}
+
 // Let a feature join, with weight 0: its products with all members.
 void lasso_join(const LassoSet& set, LassoState& s, std::int64_t feature) {
   const std::int64_t e = s.size++;
   s.members[e] = feature;
   s.place[feature] = e;
   s.slot[e] = -1;
-  s.w[e] = s.w_known[e] = s.w_before[e] = 0.0;
-  double* row = s.products + e * s.capacity;
-  if (set.gram != nullptr) {
-    const double* from = set.gram + feature * set.features;
-    for (std::int64_t k = 0; k <= e; ++k) row[k] = from[s.members[k]];
-  } else {
-    const double* own = set.columns + feature * set.images;
-    double images = 0.0;
-    for (std::int64_t i = 0; i < set.images; ++i) {
-      s.masked[i] = set.mask[i] * own[i];
-      images += set.mask[i];
-    }
-    for (std::int64_t k = 0; k < e; ++k) {
-      const std::int64_t other = s.members[k];
-      row[k] = dot_f64(s.masked, set.columns + other * set.images, set.images) -
-               images * set.means[feature] * set.means[other];
-    }
-    row[e] = set.diagonal[feature];
+  s.w[e] = s.w_before[e] = 0.0;
+  double* row = s.copied + e * s.stride;
+  const double* own = set.columns + feature * set.images;
+  double images = 0.0;
+  for (std::int64_t i = 0; i < set.images; ++i) {
+    s.masked[i] = set.mask[i] * own[i];
+    images += set.mask[i];
   }
-  s.square[e] = row[e];
-  for (std::int64_t k = 0; k < e; ++k) s.products[k * s.capacity + e] = row[k];
+  for (std::int64_t k = 0; k < e; ++k) {
+    const std::int64_t other = s.members[k];
+    row[k] = dot_f64(s.masked, set.columns + other * set.images, set.images) -
+             images * set.means[feature] * set.means[other];
+    s.copied[k * s.stride + e] = row[k];
+  }
+  row[e] = s.square[e] = set.diagonal[feature];
 }
 
 // Members of weight 0 leave, where there is no more room.
@@ -70,7 +79,7 @@ void lasso_make_room(LassoState& s) {
   lasso_deactivate_all(s);
   std::int64_t kept = 0;
   for (std::int64_t e = 0; e < s.size; ++e) {
-    if (s.w[e] == 0.0 && s.w_known[e] == 0.0 && s.w_before[e] == 0.0) {
+    if (s.w[e] == 0.0 && s.w_before[e] == 0.0) {
       s.place[s.members[e]] = -1;
       continue;
     }
@@ -80,11 +89,10 @@ void lasso_make_room(LassoState& s) {
       s.place[s.members[kept]] = kept;
       s.square[kept] = s.square[e];
       s.w[kept] = s.w[e];
-      s.w_known[kept] = s.w_known[e];
       s.w_before[kept] = s.w_before[e];
-      std::memcpy(s.products + kept * s.capacity, s.products + e * s.capacity,
+      std::memcpy(s.copied + kept * s.stride, s.copied + e * s.stride,
                   static_cast<std::size_t>(s.size) * sizeof(double));
-      for (std::int64_t r = 0; r < s.size; ++r) s.products[r * s.capacity + kept] = s.products[r * s.capacity + e];
+      for (std::int64_t r = 0; r < s.size; ++r) s.copied[r * s.stride + kept] = s.copied[r * s.stride + e];
     }
     ++kept;
   }
@@ -100,14 +108,14 @@ struct LassoSums {
   bool idle;         // there is a weight that would be better 0
 };
 
-CL_INLINE LassoSums lasso_sums(const LassoState& s, const double* cross, double penalty) {
+CL_NOINLINE LassoSums lasso_sums(const LassoState& s, const double* cross, double penalty) {
   LassoSums sums = {0.0, 0.0, 0.0, 0.0, false};
   for (std::int64_t e = 0; e < s.size; ++e) {
     const double w = s.w[e], g = s.inner[e], c = cross[s.members[e]];
     sums.norm += absolute(w);
     sums.fitted += c * w;
     sums.explained += (c + g) * w;
-    if (absolute(g) > sums.steepest) sums.steepest = absolute(g);
+    if (absolute(g) > sums.steepest && s.square[e] > 0.0) sums.steepest = absolute(g);
     if (w != 0.0 && absolute(g + s.square[e] * w) <= penalty) sums.idle = true;
   }
   return sums;
@@ -123,7 +131,7 @@ CL_INLINE double lasso_gap(const LassoSums& sums, double steepest, double square
 
 // Change a member's weight, and the gradient of the set with it.
 CL_INLINE void lasso_move(LassoState& s, std::int64_t e, double w) {
-  subtract_scaled(w - s.w[e], s.products + e * s.capacity, s.size, s.inner);
+  subtract_scaled(w - s.w[e], s.products + e * s.stride, s.size, s.inner);
   s.w[e] = w;
 }
 
@@ -137,6 +145,7 @@ CL_NOINLINE bool lasso_sweep(LassoState& s, double penalty) {
   bool changed = false;
   for (std::int64_t e = 0; e < s.size; ++e) {
     const double square = s.square[e];
+    if (!(square > 0.0)) continue;
     const double pull = s.inner[e] + square * s.w[e];
     double w = 0.0;
     if (pull > penalty) w = (pull - penalty) / square;
@@ -155,13 +164,13 @@ CL_INLINE void lasso_direction(LassoState& s, double penalty) {
   lasso_backward(s, s.step);
 }
 
-CL_INLINE void lasso_move_active(LassoState& s, double length) {
+CL_NOINLINE void lasso_move_active(LassoState& s, double length) {
   RowSum sum = {s.inner, s.size, 0, {}, {}};
   for (std::int64_t i = 0; i < s.active; ++i) {
     const std::int64_t e = s.actives[i];
     const double step = length * s.step[i];
     s.w[e] += step;
-    sum.add(step, s.products + e * s.capacity);
+    sum.add(step, s.products + e * s.stride);
   }
   sum.finish();
 }
@@ -196,13 +205,13 @@ void lasso_descend(LassoState& s, double penalty) {
 
 // A Newton step: which members are active follows from weights and gradients as in a primal-dual active set method (Hintermueller, Ito
 // & Kunisch 2003); their weights then solve the optimality conditions with these signs. Returns how many came or went.
-std::int64_t lasso_newton(LassoState& s, double penalty) {
+CL_NOINLINE std::int64_t lasso_newton(LassoState& s, double penalty) {
   std::int64_t leaving = 0, entering = 0;
   for (std::int64_t e = 0; e < s.size; ++e) {
     const double pull = s.inner[e] + s.square[e] * s.w[e];
     if (s.slot[e] >= 0) {
       if (pull * s.sign[s.slot[e]] <= penalty) s.leaving[leaving++] = e;
-    } else if (absolute(pull) > penalty) {
+    } else if (absolute(pull) > penalty && s.square[e] > 0.0) {
       s.entering[entering++] = e;
     } else if (s.w[e] != 0.0) {
       lasso_move(s, e, 0.0);
@@ -226,34 +235,24 @@ std::int64_t lasso_newton(LassoState& s, double penalty) {
   return leaving + entering;
 }
 
-// Bring the gradient of all features up to date with the weights.
+// Gradient of all features, from the residual.
 void lasso_refresh(const LassoSet& set, LassoState& s, const double* responses) {
-  if (set.gram != nullptr) {
-    RowSum sum = {s.gradient, set.features, 0, {}, {}};
-    for (std::int64_t e = 0; e < s.size; ++e) {
-      const double step = s.w[e] - s.w_known[e];
-      if (step != 0.0) sum.add(step, set.gram + s.members[e] * set.features);
-    }
-    sum.finish();
-  } else {
-    std::memcpy(s.residual, responses, static_cast<std::size_t>(set.images) * sizeof(double));
-    RowSum sum = {s.residual, set.images, 0, {}, {}};
-    for (std::int64_t e = 0; e < s.size; ++e) {
-      if (s.w[e] != 0.0) sum.add(s.w[e], set.columns + s.members[e] * set.images);
-    }
-    sum.finish();
-    double total = 0.0, images = 0.0;
-    for (std::int64_t i = 0; i < set.images; ++i) {
-      total += set.mask[i] * s.residual[i];
-      images += set.mask[i];
-    }
-    const double mean = total / images;  // the columns are not centred over this set
-    for (std::int64_t i = 0; i < set.images; ++i) s.residual[i] = set.mask[i] * (s.residual[i] - mean);
-    for (std::int64_t j = 0; j < set.features; ++j) {
-      s.gradient[j] = dot_f64(s.residual, set.columns + j * set.images, set.images);
-    }
+  std::memcpy(s.residual, responses, static_cast<std::size_t>(set.images) * sizeof(double));
+  RowSum sum = {s.residual, set.images, 0, {}, {}};
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    if (s.w[e] != 0.0) sum.add(s.w[e], set.columns + s.members[e] * set.images);
   }
-  std::memcpy(s.w_known, s.w, static_cast<std::size_t>(s.size) * sizeof(double));
+  sum.finish();
+  double total = 0.0, images = 0.0;
+  for (std::int64_t i = 0; i < set.images; ++i) {
+    total += set.mask[i] * s.residual[i];
+    images += set.mask[i];
+  }
+  const double mean = total / images;  // the columns are not centred over this set
+  for (std::int64_t i = 0; i < set.images; ++i) s.residual[i] = set.mask[i] * (s.residual[i] - mean);
+  for (std::int64_t j = 0; j < set.features; ++j) {
+    s.gradient[j] = dot_f64(s.residual, set.columns + j * set.images, set.images);
+  }
 }
 
 // Features whose gradient exceeds `limit` join the set, as far as there is room; whether any did.
@@ -271,9 +270,12 @@ bool lasso_join_all(const LassoSet& set, LassoState& s, double limit) {
 
 CL_INLINE double lasso_full_gap(const LassoSet& set, LassoState& s, const double* cross, double squares, double penalty,
                                 bool* idle) {
-  for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
+  if (set.gram == nullptr) {
+    for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
+  }
   const LassoSums sums = lasso_sums(s, cross, penalty);
   *idle = sums.idle;
+  if (set.gram != nullptr) return lasso_gap(sums, sums.steepest, squares, penalty);
   double steepest = 0.0;
   for (std::int64_t j = 0; j < set.features; ++j) {
     const double g = set.diagonal[j] == 0.0 ? 0.0 : absolute(s.gradient[j]);
@@ -283,10 +285,10 @@ CL_INLINE double lasso_full_gap(const LassoSet& set, LassoState& s, const double
 }
 
 // Weights and gradients on the line through the last two solutions, a step as long as `ratio` times theirs.
-void lasso_extrapolate(const LassoSet& set, LassoState& s, double ratio) {
+CL_NOINLINE void lasso_extrapolate(const LassoSet& set, LassoState& s, double ratio) {
   for (std::int64_t e = 0; e < s.size; ++e) {
     const double w = s.w[e];
-    s.w_known[e] = s.w[e] = w + ratio * (w - s.w_before[e]);
+    s.w[e] = w + ratio * (w - s.w_before[e]);
     s.w_before[e] = w;
   }
   for (std::int64_t j = 0; j < set.features; ++j) {
@@ -359,6 +361,7 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
     s.place[j] = -1;
     s.gradient[j] = s.gradient_before[j] = cross[j];
   }
+  if (set.gram != nullptr) lasso_take_all(set, s);
   for (std::int64_t k = 0; k < a.n_penalties; ++k) {
     const double penalty = penalties[k];
     double ratio = 0.0;
@@ -376,16 +379,19 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
       if (before > 0.0 && !idle && gap <= allowed && gap > 0.5 * before)
         break;  // good enough, and hardly getting better
       before = gap;
-      moving = lasso_join_all(set, s, limit);
-      for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
+      moving = false;
+      if (set.gram == nullptr) {
+        moving = lasso_join_all(set, s, limit);
+        for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
+      }
       moving = lasso_work(s, cross, squares, penalty, aim, allowed, a.max_sweeps, &sweeps) || moving;
-      lasso_refresh(set, s, responses);
+      if (set.gram == nullptr) lasso_refresh(set, s, responses);
       gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     }
     double* weights = a.weights + (problem * a.n_penalties + k) * p;
     std::memset(weights, 0, static_cast<std::size_t>(p) * sizeof(double));
     for (std::int64_t e = 0; e < s.size; ++e) weights[s.members[e]] = s.w[e];
-    a.gaps[problem * a.n_penalties + k] = squares > 0.0 ? gap / squares : gap;
+    a.gaps[problem * a.n_penalties + k] = gap > 0.0 ? (squares > 0.0 ? gap / squares : gap) : 0.0;
     a.sweeps[problem * a.n_penalties + k] = sweeps;
   }
 }

@@ -68,24 +68,25 @@ struct RowSum {
   }
 };
 
-// What a path keeps; all in the caller's scratch. "Set" below is the working set; its members are numbered in order of joining.
-// The root belongs to some of the members, the active ones, in order of becoming active.
+// What a path keeps; all in the caller's scratch. "Set" below is the working set: all features with a Gram matrix, else some, numbered
+// in order of joining. The root belongs to some of the members, the active ones, in order of becoming active.
 struct LassoState {
   std::int64_t size, capacity;  // members of the set
   std::int64_t* members;        // [capacity], their features
   std::int64_t* place;          // [features], number in the set or -1
-  double* products;             // [capacity, capacity]
-  double* square;               // [capacity], diagonal of `products`
-  double* w;                    // [capacity]
-  double* w_known;              // [capacity], the weights that `gradient` belongs to
-  double* w_before;             // [capacity], solution of the penalty before
-  double* w_saved;              // [capacity]
-  double* inner;                // [capacity], gradient of the members while they are worked on
-  double* inner_saved;          // [capacity]
-  double* gradient;             // [features], X'r
-  double* gradient_before;      // [features]
-  double* residual;             // [images]; columns only
-  double* masked;               // [images]; columns only
+  const double* products;       // [capacity, stride]: the Gram matrix, or
+  double* copied;               // products that were formed here
+  std::int64_t stride;
+  double* square;    // [capacity], diagonal of `products`
+  double* w;         // [capacity]
+  double* w_before;  // [capacity], solution of the penalty before
+  double* w_saved;   // [capacity]
+  double* inner;  // [capacity], gradient of the members while they are worked on; `gradient` itself with a Gram matrix
+  double* inner_saved;      // [capacity]
+  double* gradient;         // [features], X'r
+  double* gradient_before;  // [features]
+  double* residual;         // [images]; columns only
+  double* masked;           // [images]; columns only
 
   std::int64_t active, most_active;  // members with a row in the root
   std::int64_t* actives;             // [most_active], their numbers in the set
@@ -102,7 +103,7 @@ CL_INLINE std::int64_t whole_lines(std::int64_t count) { return (count + kLine -
 
 CL_INLINE std::int64_t lasso_capacity(const LassoSets& sets) {
   const std::int64_t room = 2 * sets.images + 256;
-  return whole_lines(room > sets.features ? sets.features : room);
+  return whole_lines(sets.gram != nullptr || room > sets.features ? sets.features : room);
 }
 
 CL_INLINE std::int64_t lasso_most_active(const LassoSets& sets) {
@@ -111,7 +112,8 @@ CL_INLINE std::int64_t lasso_most_active(const LassoSets& sets) {
 
 std::int64_t lasso_scratch_doubles(const LassoSets& sets) {
   const std::int64_t c = lasso_capacity(sets), m = lasso_most_active(sets);
-  return c * c + 11 * c + 3 * whole_lines(sets.features) + 2 * whole_lines(sets.images) + m * m + (3 + kBlock) * m;
+  return (sets.gram != nullptr ? 0 : c * c) + 10 * c + 3 * whole_lines(sets.features) + 2 * whole_lines(sets.images) +
+         m * m + (3 + kBlock) * m;
 }
 
 CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
@@ -128,13 +130,14 @@ CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
   LassoState s;
   s.size = 0;
   s.capacity = c;
-  s.products = take(c * c);
+  s.copied = sets.gram != nullptr ? nullptr : take(c * c);
+  s.products = s.copied;
+  s.stride = c;
   s.root = take(m * m);
   s.members = take_indices(c);
   s.place = take_indices(p);
   s.square = take(c);
   s.w = take(c);
-  s.w_known = take(c);
   s.w_before = take(c);
   s.w_saved = take(c);
   s.inner = take(c);
@@ -158,7 +161,7 @@ CL_INLINE LassoState lasso_state(const LassoSets& sets, double* scratch) {
 CL_INLINE double* lasso_root_row(const LassoState& s, std::int64_t i) { return s.root + i * s.most_active; }
 
 // Solve root^T y = y in place for `count` right-hand sides, `stride` apart.
-void lasso_forward(const LassoState& s, double* y, int count, std::int64_t stride) {
+CL_NOINLINE void lasso_forward(const LassoState& s, double* y, int count, std::int64_t stride) {
   const std::int64_t a = s.active;
   for (std::int64_t c = 0; c < a; c += kLine) {
     const std::int64_t rows = a - c < kLine ? a - c : kLine;
@@ -180,7 +183,7 @@ void lasso_forward(const LassoState& s, double* y, int count, std::int64_t strid
 }
 
 // Solve root y = y in place.
-void lasso_backward(const LassoState& s, double* y) {
+CL_NOINLINE void lasso_backward(const LassoState& s, double* y) {
   for (std::int64_t c = s.active - 1; c >= 0; --c) {
     const double* row = lasso_root_row(s, c);
     y[c] = (y[c] - dot_f64(row + c + 1, y + c + 1, s.active - c - 1)) / row[c];
@@ -188,17 +191,17 @@ void lasso_backward(const LassoState& s, double* y) {
 }
 
 // Up to kBlock members become active. One whose products depend linearly on those of the active ones does not.
-void lasso_activate(LassoState& s, const std::int64_t* entering, const double* signs, int count) {
+CL_NOINLINE void lasso_activate(LassoState& s, const std::int64_t* entering, const double* signs, int count) {
   if (count > s.most_active - s.active) count = static_cast<int>(s.most_active - s.active);
   for (int q = 0; q < count; ++q) {
-    const double* row = s.products + entering[q] * s.capacity;
+    const double* row = s.products + entering[q] * s.stride;
     double* column = s.columns + q * s.most_active;
     for (std::int64_t i = 0; i < s.active; ++i) column[i] = row[s.actives[i]];
   }
   const std::int64_t before = s.active;
   lasso_forward(s, s.columns, count, s.most_active);
   for (int q = 0; q < count; ++q) {
-    const double* row = s.products + entering[q] * s.capacity;
+    const double* row = s.products + entering[q] * s.stride;
     double* column = s.columns + q * s.most_active;
     const std::int64_t own = s.active;
     for (std::int64_t i = before; i < own; ++i) {  // those that came just before
@@ -224,7 +227,7 @@ CL_INLINE void lasso_deactivate_all(LassoState& s) {
 }
 
 // One member is no longer active: its column leaves the root, rotations make that triangular again.
-void lasso_deactivate(LassoState& s, std::int64_t e) {
+CL_NOINLINE void lasso_deactivate(LassoState& s, std::int64_t e) {
   const std::int64_t hole = s.slot[e], last = --s.active;
   s.slot[e] = -1;
   for (std::int64_t i = 0; i <= last; ++i) {

@@ -1,8 +1,8 @@
 """Principal components of features that are many more than images, by the images' kernel matrix.
 
 With n images and P features the smaller of two matrices is diagonalised: the products of centred images [n, n] (dual;
-no matrix of P * P is ever formed), or the products of centred features [P, P]. Axes, variances and coordinates are those
-of scikit-learn's `PCA`, up to the signs of axes.
+no matrix of P * P is ever formed), or the products of centred features [P, P]. Axes, variances and coordinates are
+those of scikit-learn's `PCA`, up to the signs of axes.
 """
 
 from __future__ import annotations
