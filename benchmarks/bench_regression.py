@@ -3,8 +3,8 @@
     python benchmarks/bench_regression.py [--only lasso,ridge,pca] [--threads 1,2] [--record]
 
 Each part runs in a process of its own with a fixed number of threads; within a part, candidate and peers alternate.
-scikit-learn's LassoCV and GridSearchCV fit one neuron after another; a timed run takes a few of the 64 neurons, in turn,
-and times are per neuron. Before any clock starts, cross-validated errors and predictions are compared.
+scikit-learn's LassoCV and GridSearchCV fit one neuron after another; a timed run takes one of the 64 neurons, in turn,
+and times are per neuron. Before any clock starts, cross-validated errors and weights are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA as SklearnPCA
+from sklearn import decomposition
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LassoCV, Ridge, RidgeCV
 from sklearn.model_selection import GridSearchCV
@@ -42,14 +42,13 @@ Array = NDArray[np.float64]
 
 
 def data(images: int = IMAGES, features: int = FEATURES) -> tuple[Array, Array]:
-    """Features as components of network features are (falling variances, some correlation); sparse weights and noise."""
+    """Features like components of a network's (falling variances, some correlation); sparse weights and noise."""
     rng = np.random.default_rng(0)
     scales = np.arange(1, features + 1) ** -0.5
     x = rng.standard_normal((images, features)) * scales
     x += 0.3 * scales * rng.standard_normal((images, 10)) @ rng.standard_normal((10, features))
-    weights = (
-        rng.standard_normal((features, NEURONS)) * (rng.random((features, NEURONS)) < 0.04) / scales[:, None] ** 0.5
-    )
+    chosen = rng.random((features, NEURONS)) < 0.04
+    weights = rng.standard_normal((features, NEURONS)) * chosen / scales[:, None] ** 0.5
     drive = x @ weights
     return x, drive / drive.std(0) + rng.standard_normal((images, NEURONS))
 
@@ -154,17 +153,14 @@ def part_ridge(threads: int, budget: float) -> list[Row]:
 def part_pca(threads: int, budget: float) -> list[Row]:
     """Components of 500 images' features of a network's layer."""
     images, features, components = 500, 20000, 250
-    x = (
-        np.random.default_rng(1).standard_normal((images, features)).astype(np.float32)
-        * np.arange(1, features + 1) ** -0.3
-    )
-    x = x.astype(np.float32)
+    scales = np.arange(1, features + 1) ** -0.3
+    x = (np.random.default_rng(1).standard_normal((images, features)) * scales).astype(np.float32)
 
     def ours() -> regression.PCA:
         return regression.PCA(components).fit(x)
 
-    def theirs() -> SklearnPCA:
-        return SklearnPCA(components, svd_solver="full").fit(x)
+    def theirs() -> decomposition.PCA:
+        return decomposition.PCA(components, svd_solver="full").fit(x)
 
     a, b = ours().transform(x[:5]).double().numpy(), theirs().transform(x[:5])
     if not np.allclose(np.abs(a[:, :50]), np.abs(b[:, :50]), rtol=1e-2, atol=1e-2 * float(np.abs(b).max())):
