@@ -46,7 +46,7 @@ def data(images: int = IMAGES, features: int = FEATURES) -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
     scales = np.arange(1, features + 1) ** -0.5
     x = rng.standard_normal((images, features)) * scales
-    x += 0.3 * scales * rng.standard_normal((images, 10)) @ rng.standard_normal((10, features))
+    x += 0.3 * scales * (rng.standard_normal((images, 10)) @ rng.standard_normal((10, features)))
     chosen = rng.random((features, NEURONS)) < 0.04
     weights = rng.standard_normal((features, NEURONS)) * chosen / scales[:, None] ** 0.5
     drive = x @ weights
