@@ -40,7 +40,7 @@ def main() -> None:
     """Run the experiment."""
     chosen = evidence.options(__doc__)
     neurons = chosen_neurons(2 if chosen.quick else 24)
-    starts, steps = (1, 5) if chosen.quick else (2, 100)
+    starts, steps = (1, 5) if chosen.quick else (1, 100)
     source = evidence.shared_network(LAYER)
     images = evidence.session_images(SESSION)[:TRAINING]
     responses = evidence.session_responses(SESSION)[:TRAINING, neurons]
