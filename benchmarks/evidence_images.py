@@ -39,7 +39,7 @@ def chosen_neurons(count: int) -> NDArray[np.int64]:
 def main() -> None:
     """Run the experiment."""
     chosen = evidence.options(__doc__)
-    neurons = chosen_neurons(2 if chosen.quick else 24)
+    neurons = chosen_neurons(2 if chosen.quick else 16)
     starts, steps = (1, 5) if chosen.quick else (1, 100)
     source = evidence.shared_network(LAYER)
     images = evidence.session_images(SESSION)[:TRAINING]
@@ -54,7 +54,6 @@ def main() -> None:
     readouts: dict[str, torch.Tensor | factor.Factors] = {
         f"rank {RANK}": low_rank,
         DENSE: factor.threshold(moments, "none").tensor,
-        "covariance, thresholded, dense": covariance,
         "ridge, dense": ridge,
         CONTROLS[0]: factor.channel_permutation(low_rank, seed=1).apply(low_rank),
         CONTROLS[1]: factor.patch_shuffle(low_rank, seed=1).apply(low_rank),
