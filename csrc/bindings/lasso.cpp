@@ -1,4 +1,5 @@
-// Lasso in the module cortexloop._cpu: integers in, one call without the GIL, an exception on a bad status. No logic here.
+// Lasso in the module cortexloop._cpu: integers in, one call without the GIL, an exception on a bad status. No logic
+// here.
 #include "cortexloop/lasso.h"
 
 #include <pybind11/pybind11.h>

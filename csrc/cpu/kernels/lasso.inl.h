@@ -1,11 +1,12 @@
 // Lasso along one path of penalties; see cortexloop/lasso.h.
 //
-// Newton steps on the features in use solve the optimality conditions exactly once their signs are right; where they do not get there,
-// sweeps of coordinate descent, which always do, take over for a while. Weights and the gradient X'r are extrapolated along the path
-// together, at no cost, because one depends linearly on the other; so most features that will be needed are known beforehand.
+// Newton steps on the features in use solve the optimality conditions exactly once their signs are right; where they do
+// not get there, sweeps of coordinate descent, which always do, take over for a while. Weights and the gradient X'r are
+// extrapolated along the path together, at no cost, because one depends linearly on the other; so most features that
+// will be needed are known beforehand.
 //
-// Without a Gram matrix, work goes on within a set of features, whose products are formed as they join. Between times the gradient of
-// all features follows from the residual, and those that violate the conditions join.
+// Without a Gram matrix, work goes on within a set of features, whose products are formed as they join. Between times
+// the gradient of all features follows from the residual, and those that violate the conditions join.
 #pragma once
 
 #include "lasso_root.inl.h"
@@ -175,8 +176,8 @@ CL_NOINLINE void lasso_move_active(LassoState& s, double length) {
   sum.finish();
 }
 
-// Newton steps that never go uphill: the active members are those that have a weight, and a step ends where the first of them reaches 0,
-// which then leaves (as in the feature-sign search of Lee et al. 2006).
+// Newton steps that never go uphill: the active members are those that have a weight, and a step ends where the first
+// of them reaches 0, which then leaves (as in the feature-sign search of Lee et al. 2006).
 void lasso_descend(LassoState& s, double penalty) {
   for (std::int64_t e = 0; e < s.size; ++e) {
     if (s.slot[e] >= 0 && !(s.w[e] * s.sign[s.slot[e]] > 0.0)) lasso_deactivate(s, e);
@@ -203,8 +204,9 @@ void lasso_descend(LassoState& s, double penalty) {
   }
 }
 
-// A Newton step: which members are active follows from weights and gradients as in a primal-dual active set method (Hintermueller, Ito
-// & Kunisch 2003); their weights then solve the optimality conditions with these signs. Returns how many came or went.
+// A Newton step: which members are active follows from weights and gradients as in a primal-dual active set method
+// (Hintermueller, Ito & Kunisch 2003); their weights then solve the optimality conditions with these signs. Returns how
+// many came or went.
 CL_NOINLINE std::int64_t lasso_newton(LassoState& s, double penalty) {
   std::int64_t leaving = 0, entering = 0;
   for (std::int64_t e = 0; e < s.size; ++e) {
@@ -298,8 +300,8 @@ CL_NOINLINE void lasso_extrapolate(const LassoSet& set, LassoState& s, double ra
   }
 }
 
-// Work on the members until their gap is at most `aim`, or `allowed` if that does not get nearer: Newton steps, and where these do not
-// get there, sweeps. Whether any weight changed.
+// Work on the members until their gap is at most `aim`, or `allowed` if that does not get nearer: Newton steps, and
+// where these do not get there, sweeps. Whether any weight changed.
 bool lasso_work(LassoState& s, const double* cross, double squares, double penalty, double aim, double allowed,
                 std::int64_t max_sweeps, std::int64_t* sweeps) {
   const auto gap_now = [&]() {

@@ -1,5 +1,5 @@
-// What the coordinate descent in lasso.inl.h is made of: sums of rows, the state of a path, and the triangular root of the products of
-// the features in use, which follows them as they come and go.
+// What the coordinate descent in lasso.inl.h is made of: sums of rows, the state of a path, and the triangular root of
+// the products of the features in use, which follows them as they come and go.
 //
 // Rows start at multiples of 64 bytes. All loops are plain C that compilers turn into vectors without changing a bit.
 #pragma once
@@ -38,27 +38,34 @@ CL_NOINLINE void subtract_scaled(double scale, const double* CL_RESTRICT x, std:
   for (std::int64_t i = 0; i < n; ++i) y[i] -= scale * x[i];
 }
 
-// y -= sum of four rows x[k] * scale[k]
-CL_NOINLINE void subtract_scaled4(const double* CL_RESTRICT scale, const double* const* x, std::int64_t n,
-                                  double* CL_RESTRICT y) {
+// y -= sum of kLine rows x[k] * scale[k]: so many streams that their latency is hidden where rows come from far
+CL_NOINLINE void subtract_rows(const double* CL_RESTRICT scale, const double* const* x, std::int64_t n,
+                               double* CL_RESTRICT y) {
+  static_assert(kLine == 8, "written out below");
   const double *CL_RESTRICT x0 = x[0], *CL_RESTRICT x1 = x[1], *CL_RESTRICT x2 = x[2], *CL_RESTRICT x3 = x[3];
+  const double *CL_RESTRICT x4 = x[4], *CL_RESTRICT x5 = x[5], *CL_RESTRICT x6 = x[6], *CL_RESTRICT x7 = x[7];
   const double s0 = scale[0], s1 = scale[1], s2 = scale[2], s3 = scale[3];
-  for (std::int64_t i = 0; i < n; ++i) y[i] -= (s0 * x0[i] + s1 * x1[i]) + (s2 * x2[i] + s3 * x3[i]);
+  const double s4 = scale[4], s5 = scale[5], s6 = scale[6], s7 = scale[7];
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double first = (s0 * x0[i] + s1 * x1[i]) + (s2 * x2[i] + s3 * x3[i]);
+    const double second = (s4 * x4[i] + s5 * x5[i]) + (s6 * x6[i] + s7 * x7[i]);
+    y[i] -= first + second;
+  }
 }
 
-// Rows scaled and subtracted, four at a time: add() as often as wanted, then finish().
+// Rows scaled and subtracted, kLine at a time: add() as often as wanted, then finish().
 struct RowSum {
   double* y;
   std::int64_t n;
   int held;
-  double scale[4];
-  const double* row[4];
+  double scale[kLine];
+  const double* row[kLine];
 
   CL_INLINE void add(double s, const double* x) {
     scale[held] = s;
     row[held] = x;
-    if (++held == 4) {
-      subtract_scaled4(scale, row, n, y);
+    if (++held == kLine) {
+      subtract_rows(scale, row, n, y);
       held = 0;
     }
   }
@@ -68,8 +75,9 @@ struct RowSum {
   }
 };
 
-// What a path keeps; all in the caller's scratch. "Set" below is the working set: all features with a Gram matrix, else some, numbered
-// in order of joining. The root belongs to some of the members, the active ones, in order of becoming active.
+// What a path keeps; all in the caller's scratch. "Set" below is the working set: all features with a Gram matrix, else
+// some, numbered in order of joining. The root belongs to some of the members, the active ones, in order of becoming
+// active.
 struct LassoState {
   std::int64_t size, capacity;  // members of the set
   std::int64_t* members;        // [capacity], their features
@@ -176,8 +184,7 @@ CL_NOINLINE void lasso_forward(const LassoState& s, double* y, int count, std::i
       if (rows < kLine) continue;
       const double* rest[kLine];
       for (int q = 0; q < kLine; ++q) rest[q] = row[q] + kLine;
-      subtract_scaled4(right, rest, a - c - kLine, right + kLine);
-      subtract_scaled4(right + 4, rest + 4, a - c - kLine, right + kLine);
+      subtract_rows(right, rest, a - c - kLine, right + kLine);
     }
   }
 }

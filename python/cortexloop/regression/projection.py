@@ -18,7 +18,9 @@ from torch import Tensor
 from cortexloop.regression.data import Matrix, as_matrix
 
 ROWS = 256
-"""Components that are made and applied at a time."""
+"""Components that are applied at a time."""
+IMAGES = 512
+"""Images that are transposed at a time: as many columns lie side by side where a component picks its features."""
 
 
 def johnson_lindenstrauss(images: int, eps: float = 0.1) -> int:
@@ -127,16 +129,27 @@ class SparseRandomProjection:
         x = as_matrix(features, "features", "[images, features]")
         p = x.shape[1]
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        columns = x.T.to(dtype).contiguous()
         out = torch.empty(len(x), self.components, dtype=dtype, device=x.device)
-        for start in range(0, self.components, ROWS):
-            rows = [self.row(c, p) for c in range(start, min(start + ROWS, self.components))]
-            positions = torch.from_numpy(np.concatenate([r[0] for r in rows])).to(x.device)
-            signs = torch.from_numpy(np.concatenate([r[1] for r in rows])).to(x.device, dtype)
-            offsets = torch.tensor(np.cumsum([0, *(len(r[0]) for r in rows[:-1])]), device=x.device)
-            sums = torch.nn.functional.embedding_bag(positions, columns, offsets, mode="sum", per_sample_weights=signs)
-            out[:, start : start + len(rows)] = sums.T
+        bags = [self._bag(start, p, x.device) for start in range(0, self.components, ROWS)]
+        for images, block in zip(out.split(IMAGES), x.split(IMAGES), strict=True):  # type: ignore[no-untyped-call]
+            columns = block.T.to(dtype).contiguous()
+            for start, (positions, signs, offsets) in zip(range(0, self.components, ROWS), bags, strict=True):
+                sums = torch.nn.functional.embedding_bag(
+                    positions, columns, offsets, mode="sum", per_sample_weights=signs.to(dtype)
+                )
+                images[:, start : start + len(offsets)] = sums.T
         return out.mul_(self._scale(p))
+
+    def _bag(self, start: int, features: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions and signs of `ROWS` components from `start` on, one after the other, and where each begins."""
+        rows = [self.row(c, features) for c in range(start, min(start + ROWS, self.components))]
+        begins = np.cumsum([0, *(len(positions) for positions, _ in rows[:-1])])
+        positions, signs = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        return (
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(signs).to(device),
+            torch.from_numpy(begins).to(device),
+        )
 
     def settings(self) -> dict[str, int | float | str]:
         """What makes the same projection again: `SparseRandomProjection(**settings)`."""
