@@ -1,4 +1,5 @@
-"""The bank of compact models on a GPU against torch: latency, throughput, gradients, a streamed image bank, accuracy.
+"""The bank of compact models on a GPU against torch: latency, throughput, gradients, a streamed image bank, accuracy;
+and streaming moments (gpu_moments.py).
 
     python benchmarks/bench_gpu.py [--out FOLDER] [--only latency,throughput,...] [--budget 240] [--commit HASH]
 
@@ -40,6 +41,7 @@ from gpu_measure import (
     slug,
     synchronize,
 )
+from gpu_moments import part_moments
 from record import RESULTS, Row, append, quantiles
 
 # Largest error that still counts as the same network, in standard deviations of each model's responses over images.
@@ -437,6 +439,7 @@ PARTS: dict[str, tuple[float, Callable[[Setup, float], Iterator[list[Row]]]]] = 
     "gradient": (0.08, part_gradient),
     "stream": (0.12, part_stream),
     "accuracy": (0.02, part_accuracy),
+    "moments": (0.10, part_moments),
     "peers": (0.13, part_peers),
     "compile": (0.20, part_compile),
 }

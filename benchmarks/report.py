@@ -1,4 +1,4 @@
-"""From recorded rows to the README's tables of performance, of GPUs and of evolution, and to the list of targets.
+"""From recorded rows to the README's tables, and to the list of targets.
 
 python benchmarks/report.py            write the tables between the README's markers
 python benchmarks/report.py --check    exit code 1 if the README says anything else
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import report_factor
 import report_gpu
 from record import RESULTS, read
 from tables import Recorded, Target, number, select, table
@@ -113,7 +114,7 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
 
 def report(rows: Sequence[Recorded]) -> str:
     """The text between the first markers; nothing where nothing was recorded."""
-    rows = [row for row in rows if row["op"] not in ("evolution", report_gpu.OP)]
+    rows = [row for row in rows if row["op"] not in ("evolution", report_gpu.OP, report_gpu.MOMENTS_OP)]
     if not rows:
         return ""
     out: list[str] = []
@@ -233,6 +234,8 @@ def with_tables(readme: str, rows: Sequence[Recorded]) -> str:
     evolution = evolution_report(rows)
     if evolution or EVOLUTION_BEGIN in readme:
         readme = with_table(readme, evolution, EVOLUTION_BEGIN, EVOLUTION_END)
+    if report_factor.of_section(rows) or report_factor.BEGIN in readme:
+        readme = with_table(readme, report_factor.report(rows), report_factor.BEGIN, report_factor.END)
     if select(rows, op=report_gpu.OP) or GPU_BEGIN in readme:
         readme = with_table(readme, report_gpu.report(rows), GPU_BEGIN, GPU_END)
     return readme
@@ -323,7 +326,7 @@ def targets() -> list[Target]:
         where = {"op": "bank, AVX2 kernels", "batch": batch, "threads": "1"}
         measured = _ratio("torch.compile", EXACT, **where)
         aims.append(Target(f"AVX2 against torch.compile, 1 thread, {batch} image(s)", measured, at_least=1.3))
-    return [*aims, *evolution_targets()]
+    return [*aims, *evolution_targets(), *report_factor.targets()]
 
 
 def main() -> int:

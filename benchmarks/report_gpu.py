@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tables import Recorded, Target, number, select, table
 
-OP = "bank on a GPU"
+OP, MOMENTS_OP = "bank on a GPU", "moments on a GPU"
+BYTES_FLOOR = "floor, one pass over memory"
 NOTHING = (
     "The GPU kernels have not run on hardware yet, so there are no figures of a GPU;\n"
     "[docs/gpu.md](docs/gpu.md) says what was verified without one.\n"
@@ -15,7 +16,7 @@ EXACT, FAST = "cortexloop cuda, exact", "cortexloop cuda, fast"
 PERCENTILES = ("p50", "p99", "p99.9", "max")
 
 
-def _names(rows: Sequence[Recorded]) -> list[str]:
+def _names(rows: Iterable[Recorded]) -> list[str]:
     return list(dict.fromkeys(row["backend"] for row in rows))
 
 
@@ -121,9 +122,23 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
     )
 
 
+def moments(rows: Sequence[Recorded]) -> list[str]:
+    """Engines and floors down, batches across: microseconds per batch, as multiples of one pass over memory."""
+    batches = sorted({int(row["batch"]) for row in rows})
+    lines = []
+    for name in _names(row for row in rows if row["metric"] in ("time", "floor")):
+        cells = []
+        for batch in batches:
+            found = [row for row in select(rows, backend=name, batch=str(batch)) if row["unit"] == "us"]
+            ratio = f" ({number(found[-1]['ratio'])}x)" if found and found[-1]["ratio"] else ""
+            cells.append(f"{number(found[-1]['q50'])}{ratio}" if found else "")
+        lines.append([_ours(name), *cells])
+    return table(["microseconds per batch (over memory)", *(f"{n:,} images" for n in batches)], lines)
+
+
 def report(rows: Sequence[Recorded]) -> str:
     """The text between the README's markers for GPUs."""
-    rows = select(rows, op=OP)
+    of_moments, rows = select(rows, op=MOMENTS_OP), select(rows, op=OP)
     if not rows:
         return NOTHING
     out: list[str] = []
@@ -157,6 +172,11 @@ def report(rows: Sequence[Recorded]) -> str:
                 for case in dict.fromkeys(row["case"] for row in compared)
             ),
             ("Accuracy", errors, accuracy),
+            *(
+                ("Streaming moments of features and responses", select(found, case=case), moments)
+                for found in [select(of_moments, machine=machine)]
+                for case in dict.fromkeys(row["case"] for row in found)
+            ),
         ]
         for title, found, make in sections:
             if found:
@@ -208,6 +228,13 @@ def _gradient_over_forward(rows: Sequence[Recorded]) -> float | None:
     return 1 / float(found[-1]["ratio"]) if found else None
 
 
+def _moments(rows: Sequence[Recorded]) -> float | None:
+    """Time over that of one pass over memory, for the largest batch of float32 features."""
+    found = select(rows, op=MOMENTS_OP, backend="cortexloop cuda", metric="time")
+    largest = max((row for row in found if "float32" in row["case"]), key=lambda row: int(row["batch"]), default=None)
+    return float(largest["ratio"]) if largest else None
+
+
 def targets() -> list[Target]:
     """The targets for one GPU."""
     aims = [
@@ -232,6 +259,7 @@ def targets() -> list[Target]:
     return [
         *aims,
         Target("500,000 images through all models, seconds", seconds, at_most=45),
+        Target("moments of large batches, time over one pass over memory", _moments, at_most=1.5),
         Target("fast, 1 - r of the median model", correlation("quantiles over models"), at_most=1e-5),
         Target("fast, 1 - r of the worst model", correlation("worst model"), at_most=1e-4),
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from cortexloop.backends.reference import BACKEND as REFERENCE
 
 DTYPES = (torch.uint8, torch.float32)
+FEATURES = (torch.float32, torch.float16, torch.bfloat16)
 HEADER = 3  # numbers of weights, models and columns, int64
 
 
@@ -67,6 +68,40 @@ class FakeCuda:
 
     def bank_unsupported(self, table_ptr: int, n_models: int, table_stride: int) -> str:
         return self.bank_refused
+
+    def feature_moments(
+        self,
+        features_ptr: int,
+        dtype: int,
+        weights_ptr: int,
+        centred_ptr: int,
+        shift_ptr: int,
+        before: float,
+        batch: float,
+        images: int,
+        columns: int,
+        neurons: int,
+        mean_ptr: int,
+        m2_ptr: int,
+        cross_ptr: int,
+        device: int,
+        stream: int,
+    ) -> None:
+        self.count("feature_moments")
+        if self.failure is not None:
+            raise self.failure
+        assert (device, stream) == (0, 0)
+        REFERENCE.feature_moments(
+            at(features_ptr, FEATURES[dtype], images, columns),
+            at(weights_ptr, torch.float32, images) if weights_ptr else None,
+            at(centred_ptr, torch.float32, images, neurons),
+            at(shift_ptr, torch.float32, neurons),
+            before,
+            batch,
+            at(mean_ptr, torch.float64, columns),
+            at(m2_ptr, torch.float64, columns),
+            at(cross_ptr, torch.float32, neurons, columns),
+        )
 
     def bank_note(self, table_ptr: int, n_models: int, table_stride: int) -> str:
         return self.note

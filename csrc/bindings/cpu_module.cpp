@@ -5,23 +5,14 @@
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
 #include "cortexloop/parallel.h"
+#include "pointers.h"
 
 namespace py = pybind11;
 using namespace cortexloop;
 
+void bind_readout(py::module_& m);
+
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(Status status) {
-  if (status == Status::ok) return;
-  if (status == Status::invalid_argument) throw py::value_error(last_error());
-  PyErr_SetString(PyExc_MemoryError, last_error());
-  throw py::error_already_set();
-}
 
 BankView bank_view(std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table, std::int64_t n_models,
                    std::int64_t table_stride) {
@@ -54,6 +45,9 @@ RandomRows random_rows(std::uint64_t seed, std::uint32_t stream, std::uint32_t s
 
 }  // namespace
 
+void bind_bank_pullback(py::module_& m);
+void bind_moments(py::module_& m);
+void bind_nmf(py::module_& m);
 void bind_lasso(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -202,8 +196,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       },
       py::arg("x_ptr"), py::arg("y_ptr"), py::arg("n_problems"), py::arg("columns"), py::arg("out_ptr"));
 
-  bind_lasso(m);
-
   py::class_<cpu::BankPlan>(m, "BankPlan")
       .def(py::init([](std::uintptr_t images, int type, int layout, std::int64_t batch, std::int64_t height,
                        std::int64_t width, std::uintptr_t weights, std::int64_t weights_size, std::uintptr_t table,
@@ -226,4 +218,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         }
         check(status);
       });
+
+  bind_bank_pullback(m);
+  bind_lasso(m);
+  bind_moments(m);
+  bind_nmf(m);
+  bind_readout(m);
 }

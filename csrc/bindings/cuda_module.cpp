@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cortexloop/bank.h"
+#include "cortexloop/moments.h"
 
 namespace py = pybind11;
 using namespace cortexloop;
@@ -80,6 +81,35 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         return cuda::bank_note(table_alone(table, n_models, table_stride));
       },
       py::arg("table_ptr"), py::arg("n_models"), py::arg("table_stride"));
+
+  m.def(
+      "feature_moments",
+      [](std::uintptr_t features, int type, std::uintptr_t weights, std::uintptr_t centred, std::uintptr_t shift,
+         double before, double batch, std::int64_t images, std::int64_t columns, std::int64_t neurons,
+         std::uintptr_t mean, std::uintptr_t m2, std::uintptr_t cross, int device, std::uintptr_t stream) {
+        const FeatureMomentsArgs args = {pointer<const void>(features),
+                                         static_cast<FeatureType>(type),
+                                         pointer<const float>(weights),
+                                         pointer<const float>(centred),
+                                         pointer<const float>(shift),
+                                         before,
+                                         batch,
+                                         images,
+                                         columns,
+                                         neurons,
+                                         pointer<double>(mean),
+                                         pointer<double>(m2),
+                                         pointer<float>(cross)};
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = cuda::feature_moments(args, device, pointer<void>(stream));
+        }
+        check(status);
+      },
+      py::arg("features_ptr"), py::arg("dtype"), py::arg("weights_ptr"), py::arg("centred_ptr"), py::arg("shift_ptr"),
+      py::arg("before"), py::arg("batch"), py::arg("images"), py::arg("columns"), py::arg("neurons"),
+      py::arg("mean_ptr"), py::arg("m2_ptr"), py::arg("cross_ptr"), py::arg("device"), py::arg("stream"));
 
   // Local: tests load this module several times, compiled in different ways.
   py::class_<cuda::Bank>(m, "Bank", py::module_local())

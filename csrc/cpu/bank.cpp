@@ -236,7 +236,7 @@ void gradient_body(void* argument, RangeSource& ranges) {
         const std::int64_t at = job.pairs != nullptr ? image : image * n_models + m;
         float response = 0.0f;
         if (job.cotangent[at] != 0.0f) {  // also true for NaN, which must show
-          response = r.kernels->gradient(model, prepared, job.cotangent[at], overwrite, grad, memory.scratch);
+          response = r.kernels->gradient(model, prepared, job.cotangent[at], overwrite, false, grad, memory.scratch);
           overwrite = false;
         } else if (job.responses != nullptr) {
           response = r.kernels->forward(model, prepared, false, memory.scratch);
@@ -262,6 +262,50 @@ void sum_body(void* argument, RangeSource& ranges) {
         for (std::int64_t i = 0; i < floats; ++i) sum[i] += partial[i];
       }
       write_gradient(*job.resolved, sum, job.grad_images + (job.first_image + image) * floats);
+    }
+  }
+}
+
+struct PullbackJob {
+  const Resolved* resolved;
+  const float* cotangents;
+  std::int64_t count, cotangent_floats;
+  float* grads;
+  std::atomic<bool> failed{false};
+};
+
+// One unit: one cotangent of one image.
+void pullback_body(void* argument, RangeSource& ranges) {
+  PullbackJob& job = *static_cast<PullbackJob*>(argument);
+  const Resolved& r = *job.resolved;
+  Memory memory;
+  if (!thread_memory(r, job.failed, &memory)) return;
+  const std::int64_t floats = r.stride_n;
+  const bool direct = r.images.layout == ImageLayout::nhwc;
+  float* local = nullptr;
+  if (!direct) {
+    local = static_cast<float*>(gradient_buffer.get(floats * static_cast<std::int64_t>(sizeof(float))));
+    if (local == nullptr) {
+      job.failed.store(true);
+      return;
+    }
+  }
+  ModelView model = r.models[0];
+  std::int64_t current = -1;
+  PreparedImage prepared{};
+  std::int64_t begin, end;
+  while (ranges.take(begin, end)) {
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      const std::int64_t image = unit / job.count;
+      const bool repeat = image == current;
+      if (!repeat) {
+        prepared = prepare(r, image, memory.image);
+        current = image;
+      }
+      model.readout = job.cotangents + unit * job.cotangent_floats;
+      float* out = job.grads + unit * floats;
+      r.kernels->gradient(model, prepared, 1.0f, true, repeat, direct ? out : local, memory.scratch);
+      if (!direct) write_gradient(r, local, out);
     }
   }
 }
@@ -315,6 +359,26 @@ Status bank_bwd(const BankGradientArgs& args) {
     if (job.chunks > 1) parallel_run(images, 1, sum_body, &job);
   }
   return Status::ok;
+}
+
+Status bank_pullback(const BankPullbackArgs& args) {
+  Resolved resolved;
+  const Status status = resolve(args.bank, args.images, nullptr, true, &resolved);
+  if (status != Status::ok) return status;
+  if (args.bank.n_models != 1 || args.count < 0) {
+    return fail(Status::invalid_argument, "one model and a count of cotangents, not negative, are needed");
+  }
+  const ModelView& model = resolved.models[0];
+  const LayerView& last = model.layers[model.depth - 1];
+  PullbackJob job;
+  job.resolved = &resolved;
+  job.cotangents = args.cotangents;
+  job.count = args.count;
+  job.cotangent_floats = std::int64_t{last.out_h} * last.out_w * last.out_p;
+  job.grads = args.grads;
+  const std::int64_t units = args.images.batch * args.count;
+  parallel_run(units, chunk_of(units, args.count), pullback_body, &job);
+  return job.failed ? out_of_memory(resolved) : Status::ok;
 }
 
 struct BankPlan::State {

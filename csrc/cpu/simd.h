@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(CORTEXLOOP_ISA_AVX512) || defined(CORTEXLOOP_ISA_AVX2)
 #include <immintrin.h>
@@ -191,6 +192,69 @@ CL_INLINE void vstore_pairs(float* p, vf x) {
 }
 #endif
 
+// kLanes float16 or bfloat16 numbers as floats, exactly; infinities and NaN stay what they are.
+#if defined(CORTEXLOOP_ISA_AVX512)
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+#elif defined(CORTEXLOOP_ISA_AVX2)
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi32(0x7fff));
+  const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(x, magnitude), 16);
+  const __m256i rebias = _mm256_set1_epi32(112 << 23);  // twice that where all ones are to stay all ones
+  const __m256i infinite = _mm256_and_si256(_mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7bff)), rebias);
+  const __m256i large = _mm256_add_epi32(_mm256_slli_epi32(magnitude, 13), _mm256_add_epi32(rebias, infinite));
+  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(1.0f / 16777216.0f));
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x400), magnitude);
+  const __m256 value = _mm256_blendv_ps(_mm256_castsi256_ps(large), small, _mm256_castsi256_ps(is_small));
+  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+#else
+CL_INLINE vf vload_bits(const std::uint32_t* bits) {
+  float values[kLanes];
+  std::memcpy(values, bits, sizeof values);
+  return vload(values);
+}
+// Plain loops, which compilers turn into vectors; subnormal numbers by an integer conversion, whatever the processor's mode.
+CL_INLINE vf vload_f16(const std::uint16_t* p) {
+  std::uint32_t bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const std::uint32_t magnitude = p[i] & 0x7fffu, sign = static_cast<std::uint32_t>(p[i] & 0x8000u) << 16;
+    const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * (1.0f / 16777216.0f);
+    std::uint32_t small_bits;
+    std::memcpy(&small_bits, &small, sizeof small);
+    const std::uint32_t large = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);
+    bits[i] = sign | (magnitude < 0x400u ? small_bits : large);
+  }
+  return vload_bits(bits);
+}
+CL_INLINE vf vload_bf16(const std::uint16_t* p) {
+  std::uint32_t bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<std::uint32_t>(p[i]) << 16;
+  return vload_bits(bits);
+}
+#endif
+
+// Ask for the cache line at `p`, which will be read soon, into the second-level cache.
+CL_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#elif defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#else
+  static_cast<void>(p);
+#endif
+}
+
 // Keep x in a register: without it GCC reloads a vector from memory at every use, and the products become bound by loads.
 CL_INLINE void vkeep(vf& x) {
 #if defined(CORTEXLOOP_ISA_AVX512) && defined(__GNUC__)
@@ -214,22 +278,54 @@ CL_INLINE void opaque(const float*& p) {
 #endif
 }
 
-// Four floats, for RGB pixels: the fourth lane carries something that is never stored.
+// Four floats: RGB pixels, whose fourth lane carries something that is never stored, or two pairs of neighbouring pixels.
+// v4_pairs(p, q) = {p[0], p[1], q[0], q[1]}; v4_store_low and v4_store_high store the first and the second pair.
 #if defined(CORTEXLOOP_ISA_NEON)
 using v4 = float32x4_t;
 CL_INLINE v4 v4_load(const float* p) { return vld1q_f32(p); }
 CL_INLINE v4 v4_add(v4 a, v4 b) { return vaddq_f32(a, b); }
 CL_INLINE void v4_store(float* p, v4 x) { vst1q_f32(p, x); }
+CL_INLINE v4 v4_set1(float x) { return vdupq_n_f32(x); }
+CL_INLINE v4 v4_mul(v4 a, v4 b) { return vmulq_f32(a, b); }
+CL_INLINE v4 v4_fma(v4 a, v4 b, v4 c) { return vfmaq_f32(c, a, b); }
+CL_INLINE v4 v4_pairs(const float* p, const float* q) { return vcombine_f32(vld1_f32(p), vld1_f32(q)); }
+CL_INLINE void v4_store_low(float* p, v4 x) { vst1_f32(p, vget_low_f32(x)); }
+CL_INLINE void v4_store_high(float* p, v4 x) { vst1_f32(p, vget_high_f32(x)); }
 #elif defined(__SSE2__) || defined(_M_X64)
 using v4 = __m128;
 CL_INLINE v4 v4_load(const float* p) { return _mm_loadu_ps(p); }
 CL_INLINE v4 v4_add(v4 a, v4 b) { return _mm_add_ps(a, b); }
 CL_INLINE void v4_store(float* p, v4 x) { _mm_storeu_ps(p, x); }
+CL_INLINE v4 v4_set1(float x) { return _mm_set1_ps(x); }
+CL_INLINE v4 v4_mul(v4 a, v4 b) { return _mm_mul_ps(a, b); }
+#if defined(CORTEXLOOP_ISA_AVX512) || defined(CORTEXLOOP_ISA_AVX2)
+CL_INLINE v4 v4_fma(v4 a, v4 b, v4 c) { return _mm_fmadd_ps(a, b, c); }
+#else
+CL_INLINE v4 v4_fma(v4 a, v4 b, v4 c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+#endif
+CL_INLINE v4 v4_pairs(const float* p, const float* q) {
+  const __m128 low = _mm_loadl_pi(_mm_setzero_ps(), reinterpret_cast<const __m64*>(p));
+  return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(q));
+}
+CL_INLINE void v4_store_low(float* p, v4 x) { _mm_storel_pi(reinterpret_cast<__m64*>(p), x); }
+CL_INLINE void v4_store_high(float* p, v4 x) { _mm_storeh_pi(reinterpret_cast<__m64*>(p), x); }
 #else
 using v4 = vf;
 CL_INLINE v4 v4_load(const float* p) { return vload(p); }
 CL_INLINE v4 v4_add(v4 a, v4 b) { return vadd(a, b); }
 CL_INLINE void v4_store(float* p, v4 x) { vstore(p, x); }
+CL_INLINE v4 v4_set1(float x) { return vset1(x); }
+CL_INLINE v4 v4_mul(v4 a, v4 b) { return vmul(a, b); }
+CL_INLINE v4 v4_fma(v4 a, v4 b, v4 c) { return vfma(a, b, c); }
+CL_INLINE v4 v4_pairs(const float* p, const float* q) {
+  return each_lane([=](int i) { return i < 2 ? p[i] : q[i - 2]; });
+}
+CL_INLINE void v4_store_low(float* p, v4 x) {
+  for (int i = 0; i < 2; ++i) p[i] = x.lane[i];
+}
+CL_INLINE void v4_store_high(float* p, v4 x) {
+  for (int i = 0; i < 2; ++i) p[i] = x.lane[i + 2];
+}
 #endif
 
 // Sum of the lanes, always in the order of a binary tree over lane numbers.

@@ -60,6 +60,19 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const std::uint32_t (&a
   mma_16816(d, a, b[0], b[1]);
 }
 
+// d += a * b for one warp, of tf32 numbers: floats whose lower 13 bits are zero (what others mean is not said anywhere). a is
+// 16 x 8, b is 8 x 8, d is 16 x 8. With g = lane / 4 and t = lane % 4:
+//
+//   a[0] = A[g][t]   a[1] = A[g + 8][t]   a[2] = A[g][t + 4]   a[3] = A[g + 8][t + 4]
+//   b[0] = B[t][g]   b[1] = B[t + 4][g]   d as above
+__device__ __forceinline__ void mma_1688(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -92,6 +105,12 @@ __device__ __forceinline__ void ldmatrix_x2(std::uint32_t (&r)[2], const void* s
 // Starts a copy of 16 aligned bytes from global to shared memory; bytes from `valid` on (0 to 16) become zero.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+               : "memory");
+}
+
+// The same for 4 aligned bytes; `valid` is 0 or 4.
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, int valid = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                : "memory");
 }
 

@@ -5,7 +5,8 @@
     scores = cl.responses(images, bank)                        # uint8 [B, H, W, 3] -> float32 [B, N]
     uphill = cl.input_gradient(images, bank, np.ones_like(scores))
 
-Submodules `evolve`, `io`, `models`, `metrics`, `screening`, `synthesis` and `testing` are imported when first used.
+Submodules `attribution`, `evolve`, `factor`, `features`, `io`, `metrics`, `models`, `readouts`, `regression`,
+`screening`, `synthesis` and `testing` are imported when first used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,20 @@ from cortexloop.ops import BackendError, BackendWarning, Explanation
 from cortexloop.realtime import Plan
 from cortexloop.weights import IMAGE_MEAN, CompactWeights, LayerWeights
 
-_LAZY = ("evolve", "io", "metrics", "models", "screening", "synthesis", "testing")
+_LAZY = (
+    "attribution",
+    "evolve",
+    "factor",
+    "features",
+    "io",
+    "metrics",
+    "models",
+    "readouts",
+    "regression",
+    "screening",
+    "synthesis",
+    "testing",
+)
 
 __all__ = [
     "IMAGE_MEAN",

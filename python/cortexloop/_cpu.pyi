@@ -47,6 +47,22 @@ def bank_input_gradient(
     grad: int,
     responses: int,
 ) -> None: ...
+def bank_pullback(
+    images: int,
+    dtype: int,
+    layout: int,
+    batch: int,
+    height: int,
+    width: int,
+    weights: int,
+    weights_length: int,
+    table: int,
+    models: int,
+    columns: int,
+    cotangents: int,
+    count: int,
+    grads: int,
+) -> None: ...
 def random_rows(
     normal: bool,
     seed: int,
@@ -86,6 +102,92 @@ def code_moments(
 ) -> None: ...
 def low_rank_product(x: int, left: int, right: int, rank: int, n_problems: int, columns: int, out: int) -> None: ...
 def row_dots(x: int, y: int, n_problems: int, columns: int, out: int) -> None: ...
+def feature_moments(
+    features: int,
+    dtype: int,
+    weights: int,
+    centred: int,
+    shift: int,
+    before: float,
+    batch: float,
+    images: int,
+    columns: int,
+    neurons: int,
+    mean: int,
+    m2: int,
+    cross: int,
+) -> None: ...
+def factorized_readout(
+    features: int,
+    batch: int,
+    masks: int,
+    vectors: int,
+    neurons: int,
+    rank: int,
+    channels: int,
+    positions: int,
+    responses: int,
+) -> None: ...
+def factorized_readout_gradient(
+    features: int,
+    batch: int,
+    masks: int,
+    vectors: int,
+    neurons: int,
+    rank: int,
+    channels: int,
+    positions: int,
+    cotangent: int,
+    d_features: int,
+    d_masks: int,
+    d_vectors: int,
+) -> None: ...
+def point_readout(
+    features: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    positions: int,
+    shared: bool,
+    vectors: int,
+    neurons: int,
+    align_corners: bool,
+    responses: int,
+) -> None: ...
+def point_readout_gradient(
+    features: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    positions: int,
+    shared: bool,
+    vectors: int,
+    neurons: int,
+    align_corners: bool,
+    cotangent: int,
+    d_features: int,
+    d_positions: int,
+    d_vectors: int,
+) -> None: ...
+def nmf(
+    matrices: int,
+    problems: int,
+    rows: int,
+    columns: int,
+    rank: int,
+    is_signed: bool,
+    l1_w: float,
+    l2_w: float,
+    l1_h: float,
+    l2_h: float,
+    tolerance: float,
+    max_iterations: int,
+    w: int,
+    h: int,
+    iterations: int,
+) -> None: ...
 
 class BankPlan:
     def __init__(

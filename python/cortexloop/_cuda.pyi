@@ -25,6 +25,24 @@ def device(index: int) -> Device: ...
 def device_unsupported(index: int) -> str: ...
 def bank_unsupported(table_ptr: int, n_models: int, table_stride: int) -> str: ...
 def bank_note(table_ptr: int, n_models: int, table_stride: int) -> str: ...
+def feature_moments(
+    features_ptr: int,
+    dtype: int,
+    weights_ptr: int,
+    centred_ptr: int,
+    shift_ptr: int,
+    before: float,
+    batch: float,
+    images: int,
+    columns: int,
+    neurons: int,
+    mean_ptr: int,
+    m2_ptr: int,
+    cross_ptr: int,
+    device: int,
+    stream: int,
+) -> None:
+    """dtype: 0 = float32, 1 = float16, 2 = bfloat16; weights_ptr 0 = ones."""
 
 class Bank:
     def __init__(

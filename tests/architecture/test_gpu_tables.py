@@ -21,14 +21,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench_gpu
     import gpu_measure
+    import gpu_moments
     import gpu_peers
     import record
     import report
     import report_gpu
 
     return SimpleNamespace(
-        bench=bench_gpu, measure=gpu_measure, peers=gpu_peers, record=record, report=report, report_gpu=report_gpu
-    )
+        bench=bench_gpu, measure=gpu_measure, moments=gpu_moments, peers=gpu_peers, record=record, report=report,
+        report_gpu=report_gpu,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_a_part_that_fails_costs_only_its_own_rows(
 def recorded(bench: SimpleNamespace, setup: Any, scale: float) -> list[dict[str, str]]:
     """Rows of the parts that a rehearsal runs, as if the CUDA backend had run `scale` times faster."""
     rows: list[Any] = []
-    parts = ["ceilings", "latency", "throughput", "gradient", "stream", "accuracy", "peers"]
+    parts = ["ceilings", "latency", "throughput", "gradient", "stream", "accuracy", "moments", "peers"]
     assert bench.bench.run_parts(setup, parts, 0.0, [], rows) == []
     found = []
     for row in rows:
@@ -127,6 +129,20 @@ def recorded(bench: SimpleNamespace, setup: Any, scale: float) -> list[dict[str,
             row = dataclasses.replace(row, backend=name, q50=row.q50 / divisor, ratio=ratio)
         found.append({key: str(value) for key, value in dataclasses.asdict(row).items()})
     return found
+
+
+def test_wrong_moments_get_no_number(bench: SimpleNamespace, setup: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = bench.moments.Batch.of(4, 30, 3, CPU, torch.float32)
+
+    def off(name: str) -> Any:
+        return bench.measure.GpuContender(name, lambda i: None, lambda: 1.001 * batch.expected())
+
+    good = [bench.moments.ours(batch, "reference"), bench.moments.torch_product(batch, "fp32")]
+    assert [found for found, error in bench.moments.right(good, batch.expected())] == good
+    assert list(bench.moments.right([off("torch")], batch.expected())) == []
+    assert "no number for torch: the products are off by 0.001" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cortexloop cuda: the products are off by 0\.001"):
+        list(bench.moments.right([off("cortexloop cuda")], batch.expected()))
 
 
 def test_rows_of_a_gpu_become_their_own_section(bench: SimpleNamespace, setup: Any) -> None:
@@ -142,6 +158,8 @@ def test_rows_of_a_gpu_become_their_own_section(bench: SimpleNamespace, setup: A
         "share of the floor",
         "**Against torch, rehearsal, tf32 peers**",
         "1 - r, median model",
+        "**Streaming moments of features and responses, D = 300, T = 5, float32 features**",
+        "torch var_mean and addmm, tf32",
     ):
         assert found in text, found
     lines = [target.line(rows) for target in bench.report_gpu.targets()]

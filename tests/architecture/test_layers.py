@@ -177,7 +177,7 @@ INCLUDES = {
     "common": {"include", "common"},
     "cpu": {"include", "common", "cpu"},
     "cuda": {"include", "common", "cuda"},
-    "bindings": {"include"},
+    "bindings": {"include", "bindings"},
 }
 
 

@@ -27,7 +27,9 @@ def some_charts():
             [charts.Series(steps, 80 * (1 - np.exp(-steps / 9))), charts.Series(steps, -steps, "b")],
             "step", "response", level=(9.4, "best image"),
         ),
-        "scatter": charts.scatter(rng.normal(size=60), rng.normal(size=60), "predicted", "recorded"),
+        "scatter": charts.scatter(
+            rng.normal(size=60), rng.normal(size=60), "predicted", "recorded", curve=charts.Series(steps - 9, steps)
+        ),
         "histogram": charts.histogram(rng.gamma(2.0, size=90), "ms", "runs", marks=[(1.5, "median"), (5.0, "99 %")]),
     }  # fmt: skip
 
@@ -71,6 +73,20 @@ def test_charts_share_a_page_and_its_theme(kind):
     assert set(re.findall(r"var\((--[a-z]+)\)", svg)) <= {
         "--a", "--b", "--bar", "--ink", "--soft", "--faint", "--grid", "--sans"
     }  # fmt: skip
+
+
+def test_a_strip_has_a_dot_per_value_and_a_mark_at_the_median():
+    values = [np.array([0.1, 0.5, np.nan, 0.3]), np.array([0.9])]
+    svg = charts.strip_chart(["first", "second"], values, "r", styles=("a", "b"))
+    first, second = (paths(svg, color) for color in ("a", "b"))
+    dots, mark = first
+    ticks = charts.strip_chart(["first", "second"], [np.array([0.0, 1.0]), np.array([0.9])], "r", styles=("a", "b"))
+    assert len(np.unique(dots[:, 0])) == 3
+    assert len(np.unique(dots[:, 1])) == 3
+    np.testing.assert_allclose(mark[:, 0], at(svg, "x", 0.3), atol=0.02)
+    np.testing.assert_allclose(second[1][:, 0], at(svg, "x", 0.9), atol=0.02)
+    assert dots[:, 1].max() < second[0][:, 1].min(), "rows keep apart"
+    assert {"first", "second"} <= texts(ticks).keys()
 
 
 @pytest.mark.parametrize("kind", ["line", "scatter", "histogram"])

@@ -572,3 +572,21 @@ def test_demo_of_the_kernels_is_not_called_reduced(tmp_path):
     code, _, err = cortexloop("demo", "--out", tmp_path, "--neurons", "dot_small", *QUICK)
     assert code == 0, err
     assert "instead of" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("command", ["demo", "respond"])
+def test_an_interruption_is_told(tmp_path, monkeypatch, models, folder, command):
+    """Whatever the version of typer does with a KeyboardInterrupt."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cortexloop.cli.{command}.settle_backend", interrupted)
+    out = tmp_path / ("out" if command == "demo" else "out.csv")
+    code, printed, err = cortexloop(command, "--models", models, "--images", folder, "--out", out)
+    assert (code, printed) == (130, "")
+    assert err == "error: interrupted; nothing was written\n"
+    assert not out.exists()

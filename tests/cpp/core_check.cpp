@@ -5,7 +5,8 @@
 //
 // Files are described in problem.h.
 //
-// Then the operators on populations of codes: every instruction set and thread count has to give the first one's bits.
+// Then the operators on populations of codes, and readouts (readout_check.cpp): every instruction set and thread count has to
+// give the first one's bits.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -14,8 +15,11 @@
 
 #include "cortexloop/bank.h"
 #include "cortexloop/evolution.h"
+#include "cortexloop/moments.h"
 #include "cortexloop/parallel.h"
 #include "problem.h"
+
+void check_readouts();
 
 namespace {
 
@@ -138,6 +142,65 @@ void refuse_codes() {
     throw std::runtime_error("a negative problem was taken");
 }
 
+// Two batches that join moments: one as 32-bit, one as 16-bit features, [images, columns], integers with a mean of 0 over every
+// whole number of 4 images. Every buffer ends where it should.
+std::vector<std::vector<float>> moments_of(std::int64_t images, std::int64_t columns, std::int64_t neurons) {
+  const auto size = [](std::int64_t count) { return static_cast<std::size_t>(count); };
+  std::vector<float> features(size(images * columns)), weights(size(images), 2.0f), centred(size(images * neurons));
+  std::vector<std::uint16_t> half(features.size()), brain(features.size());
+  std::vector<float> shift(size(neurons)), cross(size(neurons * columns));
+  std::vector<double> mean(size(columns)), m2(size(columns));
+  for (std::int64_t i = 0; i < images; ++i) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::size_t at = size(i * columns + c);
+      const bool plus = images % 4 != 0 || (i + c) % 4 < 2;
+      features[at] = plus ? 2.0f : -2.0f;
+      half[at] = plus ? 0x4000u : 0xc000u;
+      brain[at] = plus ? 0x4000u : 0xc000u;
+    }
+    for (std::int64_t t = 0; t < neurons; ++t) centred[size(i * neurons + t)] = static_cast<float>((i * 3 + t) % 5 - 2);
+  }
+  for (std::int64_t t = 0; t < neurons; ++t) shift[size(t)] = static_cast<float>(t % 3);
+  const double total = static_cast<double>(images);
+  FeatureMomentsArgs args = {features.data(), FeatureType::f32, nullptr, centred.data(), shift.data(), 0.0,
+                             total,           images,           columns, neurons,        mean.data(),  m2.data(),
+                             cross.data()};
+  expect_ok(cpu::feature_moments(args), "feature_moments");
+  args.before = total;
+  args.features = half.data();
+  args.type = FeatureType::f16;
+  expect_ok(cpu::feature_moments(args), "feature_moments of float16");
+  args.before = args.batch = 2.0 * total;
+  args.weights = weights.data();
+  args.features = brain.data();
+  args.type = FeatureType::bf16;
+  expect_ok(cpu::feature_moments(args), "feature_moments of bfloat16");
+  return {std::vector<float>(mean.begin(), mean.end()), std::vector<float>(m2.begin(), m2.end()), cross};
+}
+
+void check_moments(std::int64_t images, std::int64_t columns, std::int64_t neurons) {
+  set_num_threads(1);
+  expect_ok(cpu::set_isa("generic"), "generic");
+  const std::vector<std::vector<float>> expected = moments_of(images, columns, neurons);
+  const float variance = images % 4 != 0 ? 0.0f : 4.0f;
+  expect_equal(expected[1], std::vector<float>(expected[1].size(), variance * 4.0f * static_cast<float>(images)), "m2");
+  for (const std::string& isa : cpu::isas()) {
+    expect_ok(cpu::set_isa(isa), isa);
+    for (const int threads : {1, 3}) {
+      set_num_threads(threads);
+      const std::vector<std::vector<float>> got = moments_of(images, columns, neurons);
+      for (std::size_t i = 0; i < got.size(); ++i) {
+        expect_equal(got[i], expected[i], "moments, " + isa + " on " + std::to_string(threads) + " threads");
+      }
+    }
+  }
+}
+
+void refuse_moments() {
+  FeatureMomentsArgs args = {};
+  if (cpu::feature_moments(args) != Status::invalid_argument) throw std::runtime_error("no images were taken");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -171,6 +234,12 @@ int main(int argc, char** argv) {
     check_codes(0, 4, 8, 1);
     check_codes(2, 0, 8, 1);
     refuse_codes();
+    for (const std::int64_t columns : {1, 49, 1500}) {
+      check_moments(5, columns, 3);
+      check_moments(132, columns, 9);
+    }
+    refuse_moments();
+    check_readouts();
     if (cpu::set_isa("none such") != Status::invalid_argument)
       throw std::runtime_error("an unknown instruction set was taken");
   } catch (const std::exception& error) {

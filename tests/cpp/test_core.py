@@ -20,6 +20,9 @@ HOST = [
     "cpu/bank.cpp",
     "cpu/dispatch.cpp",
     "cpu/evolution.cpp",
+    "cpu/moments.cpp",
+    "cpu/point_readout.cpp",
+    "cpu/readout.cpp",
     "common/model_view.cpp",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
@@ -83,7 +86,8 @@ def test_core_is_clean_under_sanitizers(sanitizer: str, problems: list[str], tmp
         assert process.returncode == 0, errors
     program = tmp_path / "core_check"
     defines = [f"-DCORTEXLOOP_HAVE_{name.upper()}" for name in isas if name != "generic"]
-    sources = [str(CSRC / name) for name in HOST] + [str(HERE / "core_check.cpp")]
+    checks = [HERE / "core_check.cpp", HERE / "readout_check.cpp"]
+    sources = [str(path) for path in (*(CSRC / name for name in HOST), *checks)]
     build = [*common, *defines, *sources, *objects, "-pthread", "-o", str(program)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,21 @@ __global__ void loaded_product_kernel(const __half* a, const __half* b, const fl
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = accumulators[i];
 }
 
+// One product of tf32 numbers, positions as the tables of PTX's m16n8k8 give them.
+__global__ void tf32_kernel(const float* a, const float* b, const float* c, float* d) {
+  const int group = static_cast<int>(threadIdx.x) >> 2, in_group = static_cast<int>(threadIdx.x) % 4;
+  std::uint32_t a_registers[4], b_registers[2];
+  float accumulators[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = i == 0 || i == 2 ? group : group + 8, column = i < 2 ? in_group : in_group + 4;
+    a_registers[i] = __float_as_uint(a[row * 8 + column]);
+    accumulators[i] = c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)];
+  }
+  for (int i = 0; i < 2; ++i) b_registers[i] = __float_as_uint(b[(in_group + 4 * i) * 8 + group]);
+  mma_1688(accumulators, a_registers, b_registers);
+  for (int i = 0; i < 4; ++i) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = accumulators[i];
+}
+
 // Two-dimensional grid and block; out[block, thread] = the sum over the block of (thread + 1), by shuffles and shared
 // memory, plus the position of the thread in its block.
 __global__ void sums_kernel(float* out) {
@@ -85,6 +100,7 @@ __global__ void lanes_kernel(unsigned* out) {
       static_cast<unsigned>(__any_sync(kAllLanes, lane == 40)) + 2 * (__all_sync(kAllLanes, lane < 32) != 0);
   out[224 + lane] = static_cast<unsigned>(__syncthreads_count(lane < 7));
   out[256 + lane] = static_cast<unsigned>(__shfl_up_sync(kAllLanes, static_cast<int>(lane), 2));
+  out[288 + lane] = static_cast<unsigned>(1e-9 * __shfl_xor_sync(kAllLanes, 1e9 * (lane + 1), 1) + 0.5);
 }
 
 enum Fault {
@@ -100,6 +116,7 @@ enum Fault {
   kNullPointer,
   kOutsideMask,
   kStack,
+  kNotTf32,
   kNoFault
 };
 
@@ -147,6 +164,10 @@ __global__ void faulty_kernel(int fault, int* out) {
       if (thread < 2) out[0] = __shfl_sync(3u, thread, 5);
       break;
     case kStack: deep(1000, out); break;
+    case kNotTf32:
+      r[0] = thread == 9 ? __float_as_uint(1.0f + 0x1p-11f) : 0u;
+      mma_1688(d, r, b);
+      break;
     default: out[0] = 42;
   }
 }
@@ -235,6 +256,11 @@ __global__ void copies_kernel(const int* in, int* out) {
   out[2] = values[4];
   copy_async_wait<0>();
   for (int i = 0; i < 4; ++i) out[3 + i] = values[4 + i];
+  copy_async_4(values + 1, in + 6);
+  copy_async_4(values + 2, in + 7, 0);
+  copy_async_commit();
+  copy_async_wait<0>();
+  for (int i = 0; i < 4; ++i) out[7 + i] = values[i];
 }
 
 const char* sentence(Status status) { return status == Status::ok ? "" : last_error(); }
@@ -249,6 +275,9 @@ EXPORT const char* product(const std::uint16_t* a, const std::uint16_t* b, const
   if (way == 0) return sentence(launch("product_kernel", product_kernel, 1, 32, 0, nullptr, a_halves, b_halves, c, d));
   return sentence(
       launch("loaded_product_kernel", loaded_product_kernel, 1, 32, 768, nullptr, a_halves, b_halves, c, d, way - 1));
+}
+EXPORT const char* tf32_product(const float* a, const float* b, const float* c, float* d) {
+  return sentence(launch("tf32_kernel", tf32_kernel, 1, 32, 0, nullptr, a, b, c, d));
 }
 EXPORT const char* sums(float* out, int grid_x, int grid_y, int block_x, int block_y) {
   // launch() takes a number of threads; a two-dimensional block goes directly.

@@ -27,6 +27,7 @@ FAULTS = {
     "null pointer": "address .* was accessed, which is not mapped",
     "outside mask": "__shfl_sync at .* reads lane 5, which its mask 00000003 leaves out",
     "stack": "the stack of a thread overflowed",
+    "not tf32": "mma_1688 at .*: lane 9 has an operand that is not a tf32 number",
 }
 
 
@@ -50,7 +51,8 @@ def checked_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    for name in ("product", "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
+    products = ("product", "tf32_product")
+    for name in (*products, "sums", "lanes", "faulty", "race", "draw", "unwritten", "copies", "sized", "on_device"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.permuted.restype = ctypes.c_uint
     return loaded
@@ -88,6 +90,19 @@ def test_matrix_product(
     assert np.array_equal(d, a.astype(np.float32) @ b.astype(np.float32) + c)
 
 
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_tf32_product(
+    library: ctypes.CDLL, settings: emulated_build.Settings, rng: np.random.Generator, schedule: int
+) -> None:
+    settings["schedule"] = schedule
+    a = rng.integers(-1024, 1025, (16, 8)).astype(np.float32)  # 11 bits
+    b = rng.integers(-1024, 1025, (8, 8)).astype(np.float32)
+    c = rng.integers(-99, 100, (16, 8)).astype(np.float32)
+    d = np.full((16, 8), np.nan, np.float32)
+    assert library.tf32_product(pointer(a), pointer(b), pointer(c), pointer(d)) == b""
+    assert np.array_equal(d, a @ b + c)
+
+
 @pytest.mark.parametrize("schedule", [0, 1, 5])
 def test_blocks_shuffles_and_barriers(library: ctypes.CDLL, settings: emulated_build.Settings, schedule: int) -> None:
     settings["schedule"] = schedule
@@ -99,7 +114,7 @@ def test_blocks_shuffles_and_barriers(library: ctypes.CDLL, settings: emulated_b
 
 
 def test_lanes(library: ctypes.CDLL) -> None:
-    out = np.zeros((9, 32), np.uint32)
+    out = np.zeros((10, 32), np.uint32)
     assert library.lanes(pointer(out)) == b""
     lane = np.arange(32)
     expected = [
@@ -112,6 +127,7 @@ def test_lanes(library: ctypes.CDLL) -> None:
         np.full(32, 2),
         np.full(32, 7),
         np.where(lane < 2, lane, lane - 2),
+        (lane ^ 1) + 1,
     ]
     for got, wanted in zip(out, expected, strict=True):
         assert np.array_equal(got, wanted)
@@ -218,9 +234,9 @@ def test_asynchronous_copies_arrive_when_waited_for(library: ctypes.CDLL) -> Non
     start = -storage.ctypes.data % 16 // 4
     values = storage[start : start + 8]
     values[:] = np.arange(10, 18)
-    out = np.zeros(7, np.int32)
+    out = np.zeros(11, np.int32)
     assert library.copies(pointer(values), pointer(out)) == b""
-    assert out.tolist() == [-1, 10, -1, 14, 15, 0, 0]
+    assert out.tolist() == [-1, 10, -1, 14, 15, 0, 0, 10, 16, 0, 13]
     assert b"not a multiple of 16" in library.copies(ctypes.c_void_p(values.ctypes.data + 4), pointer(out))
 
 

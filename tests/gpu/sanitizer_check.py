@@ -12,12 +12,35 @@ import sys
 import torch
 
 import cortexloop as cl
+from cortexloop import ops
 from cortexloop.testing import CASES, PAIRED_CASES, exact_inputs
 
 REHEARSAL = "--rehearse" in sys.argv
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda:0")
 BACKEND = "reference" if REHEARSAL else "cuda"
 NAMES = ("1x1-deep", "5x7-kernel-7", "8x8-kernel-1-stride-2", "17x13-mixed", "28x28-published", "17x13-pairs")
+
+
+def moments() -> list[str]:
+    """What is wrong with streaming moments: rows that are aligned and rows that are not, every dtype."""
+    wrong = []
+    for images, columns, neurons in ((70, 17, 65), (40, 264, 4)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.arange(images * columns).reshape(images, columns) % 7 - 3.0
+            x -= x.sum(dim=0) // images
+            x[-1] -= x.sum(dim=0)  # the mean of each column is 0
+            centred = torch.arange(images * neurons).reshape(images, neurons) % 5 - 2.0
+            got = []
+            for device, name in ((torch.device("cpu"), "reference"), (DEVICE, BACKEND)):
+                state = [torch.zeros(columns).double(), torch.zeros(columns).double(), torch.zeros(neurons, columns)]
+                mean, m2, cross = (part.to(device) for part in state)
+                inputs = [part.to(device) for part in (x.to(dtype), torch.ones(images), centred, torch.ones(neurons))]
+                ops.feature_moments(*inputs, float(images), float(images), mean, m2, cross, backend=name)
+                got.append([part.cpu() for part in (mean, m2, cross)])
+            if not all(torch.equal(a, b) for a, b in zip(*got, strict=True)):
+                wrong.append(f"moments of {images} x {columns} {dtype} features with {neurons} neurons")
+    print("moments: done", flush=True)
+    return wrong
 
 
 def main() -> int:
@@ -46,6 +69,7 @@ def main() -> int:
             if not all(same):
                 wrong.append(f"{case.name}, {images.dtype}: {same}")
         print(f"{case.name}: done", flush=True)
+    wrong += moments()
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 

@@ -116,9 +116,9 @@ def test_rehearsal(tmp_path: Path) -> None:
     (rows_file,) = tmp_path.glob("*.csv")
     with rows_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {"bank on a GPU"}
+    assert {row["op"] for row in rows} == {"bank on a GPU", "moments on a GPU"}
     assert {(row["cortexloop_commit"], row["dirty"]) for row in rows} == {("abc", "True")}
     assert {row["direction"] for row in rows} == {
-        "ceiling", "latency, host to host", "forward", "gradient of pairs", "stream, host to host"
+        "ceiling", "latency, host to host", "forward", "gradient of pairs", "stream, host to host", "update"
     }  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 3

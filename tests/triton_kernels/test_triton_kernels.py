@@ -18,6 +18,8 @@ GROUPS = {
     "interpreted-exact": ("interpreted_kernels.py", ["-k", "exact"], True),
     "interpreted-others": ("interpreted_kernels.py", ["-k", "not exact"], True),
     "compiled": ("compiled_kernels.py", [], False),
+    "interpreted-moments": ("interpreted_moments.py", [], True),
+    "compiled-moments": ("compiled_moments.py", [], False),
 }
 NO_TESTS = int(pytest.ExitCode.NO_TESTS_COLLECTED)
 

@@ -4,6 +4,7 @@
 //   d image[y, x, c] = sum_ij,k d z_0[y + pad - i, x + pad - j, k] * w[i, j, c, k]
 //
 // Work:   one call = one (image, model): the fused forward pass, which leaves one bit per activation, then the gradient.
+//         Those bits are all that the gradient needs of the image, so another readout of the same layers reuses them.
 // Memory: as forward, rows stream: each layer keeps only the rows of pointwise^T d z that the next transpose reads.
 // First layer: Winograd along rows where the kernel is 5 x 5 with stride 1 (see winograd.inl.h). Otherwise a product of each
 //         d z_0 row with all taps of all colours, [out_w, k, taps_p], then a gather of the k x k neighbours. Both keep the
@@ -248,14 +249,14 @@ inline std::int64_t backward_scratch_bytes(const ModelView& model) {
 }
 
 inline float bank_gradient(const ModelView& model, const PreparedImage& image, float cotangent, bool overwrite,
-                           float* grad, void* scratch) {
+                           bool repeat, float* grad, void* scratch) {
   Arena arena = {static_cast<char*>(scratch), 0};
   Backward b;
   b.forward.model = &model;
   b.forward.image = &image;
   b.cotangent = cotangent;
   backward_layout(arena, model, b);
-  const float response = forward_pass(b.forward);
+  const float response = repeat ? 0.0f : forward_pass(b.forward);
 
   const LayerView& first = model.layers[0];
   for (int l = 1; l < model.depth; ++l) zero_margins(b.rings[l]);

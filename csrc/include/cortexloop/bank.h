@@ -77,6 +77,16 @@ struct BankGradientArgs {
   float* responses;           // shaped as the responses, or null
 };
 
+// The derivative of the last map, for `count` cotangents of each image: what the models' own readouts would be for
+// bank_bwd. The forward pass is done once for each image and thread.
+struct BankPullbackArgs {
+  BankView bank;  // one model; its readout is not used
+  ImagesView images;
+  const float* cotangents;  // [batch, count, out_h, out_w, out_p] of the last layer, out_p as packed; padding ignored
+  std::int64_t count;
+  float* grads;  // [batch, count] x images, shaped as one image, f32
+};
+
 namespace cpu {
 
 // "" if the kernels take this bank, otherwise one sentence why not. `bank.weights` may be null: only the table is read.
@@ -84,6 +94,7 @@ std::string bank_unsupported(const BankView& bank);
 
 Status bank_fwd(const BankForwardArgs& args);
 Status bank_bwd(const BankGradientArgs& args);
+Status bank_pullback(const BankPullbackArgs& args);
 
 // A forward call resolved once and repeated: `run` reads the images in place and allocates nothing after its first call.
 class BankPlan {

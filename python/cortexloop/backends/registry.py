@@ -27,10 +27,12 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = (
     "bank_forward",
     "bank_input_gradient",
+    "bank_pullback",
     "sample_codes",
     "feature_moments",
     "factorized_readout",
     "point_readout",
+    "nmf",
     "lasso_path",
 )
 """What can be asked about; "sample_codes" stands for all operators on populations of codes, and the name of a readout
@@ -74,6 +76,11 @@ class Problem:
     bank: BankShape | None = None
 
 
+Wanted = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""By three inputs of a readout; None for those not wanted."""
+
+
 class Backend(Protocol):
     """An implementation of the operators in `OPS`; those that it calls unsupported need not exist."""
 
@@ -93,6 +100,10 @@ class Backend(Protocol):
     def bank_input_gradient(
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]: ...
+
+    def bank_pullback(
+        self, images: Tensor, weights: Tensor, table: Tensor, cotangents: Tensor, layout: str
+    ) -> Tensor: ...
 
     def random_rows(
         self, normal: bool, seed: int, stream: int, step: int, problems: Tensor, rows: int, columns: int
@@ -118,6 +129,19 @@ class Backend(Protocol):
 
     def row_dots(self, x: Tensor, y: Tensor) -> Tensor: ...
 
+    def feature_moments(
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        centred: Tensor,
+        shift: Tensor,
+        before: float,
+        batch: float,
+        mean: Tensor,
+        m2: Tensor,
+        cross: Tensor,
+    ) -> None: ...
+
     def lasso_path(
         self,
         sets: LassoSets,
@@ -129,6 +153,36 @@ class Backend(Protocol):
         tolerance: float,
         max_sweeps: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def nmf(
+        self,
+        matrices: Tensor,
+        w: Tensor,
+        h: Tensor,
+        signed: bool,
+        l1: tuple[float, float],
+        l2: tuple[float, float],
+        tolerance: float,
+        max_iterations: int,
+    ) -> Tensor: ...
+
+    def factorized_readout(self, features: Tensor, masks: Tensor, vectors: Tensor) -> Tensor: ...
+
+    def factorized_readout_gradient(
+        self, features: Tensor, masks: Tensor, vectors: Tensor, cotangent: Tensor, wanted: Wanted
+    ) -> Gradients: ...
+
+    def point_readout(self, features: Tensor, positions: Tensor, vectors: Tensor, align_corners: bool) -> Tensor: ...
+
+    def point_readout_gradient(
+        self,
+        features: Tensor,
+        positions: Tensor,
+        vectors: Tensor,
+        align_corners: bool,
+        cotangent: Tensor,
+        wanted: Wanted,
+    ) -> Gradients: ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Optional
 import typer
 
 from cortexloop._native import SettingError
-from cortexloop.cli.console import BadInputError, complain, stdout, warnings_in_one_line
+from cortexloop.cli.console import (
+    BadInputError,
+    InterruptedCommandError,
+    complain,
+    stdout,
+    telling_interruptions,
+    warnings_in_one_line,
+)
+from cortexloop.cli.factor_models import fit, saliency
+from cortexloop.cli.parameters import Backend, Images, Json, Models, Neurons, Precision, Resize, SkipBad, Threads
 
 app = typer.Typer(
     name="cortexloop",
@@ -19,21 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows its plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Models = Annotated[Path, typer.Option("--models", help="Model file, or folder of model files, of any readable format.")]
-Images = Annotated[
-    Path, typer.Option("--images", help="Folder or zip of pictures, .npy or .npz array, or one picture.")
-]
-Neurons = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer evaluates this on Python 3.10 as well
-    typer.Option("--neurons", help="Names, patterns ('190923/*') or positions ('0,3-7') of models; all if not given."),
-]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="Number of threads; all processors if not given.")]  # noqa: UP045
-Backend = Annotated[str, typer.Option("--backend", help="auto, cpu, cuda, triton or reference.")]
-Precision = Annotated[str, typer.Option("--precision", help="exact or fast (reduced precision, where supported).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no progress.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used, and list them.")]
-Resize = Annotated[bool, typer.Option("--resize", help="Bring pictures to the models' input size (Pillow, bicubic).")]
 
 
 def _version(wanted: bool) -> None:
@@ -57,6 +51,7 @@ def start(
 
 
 @app.command()
+@telling_interruptions()
 def demo(
     models: Annotated[
         Optional[Path],  # noqa: UP045
@@ -125,6 +120,7 @@ def demo(
 
 
 @app.command()
+@telling_interruptions()
 def respond(
     models: Models,
     images: Images,
@@ -172,6 +168,7 @@ def respond(
 
 
 @app.command()
+@telling_interruptions()
 def evolve(
     context: typer.Context,
     models: Annotated[
@@ -317,6 +314,10 @@ def _given(context: typer.Context) -> Iterator[str]:
             yield name
 
 
+app.command()(fit)
+app.command()(saliency)
+
+
 @app.command()
 def doctor(json: Json = False) -> None:
     """Describe the installation: versions, processor, instruction set, threads, backends and why (not)."""
@@ -326,6 +327,7 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
+@telling_interruptions()
 def bench(
     models: Annotated[
         Optional[Path],  # noqa: UP045
@@ -359,7 +361,7 @@ def run(arguments: Sequence[str]) -> int:
         except _UsageError as error:
             complain(f"{error.format_message()} (see cortexloop --help)")
             return 2
-        except (KeyboardInterrupt, typer.Abort):
+        except (InterruptedCommandError, KeyboardInterrupt, typer.Abort):
             complain("interrupted; nothing was written")
             return 130
     return code if isinstance(code, int) else 0

@@ -116,10 +116,11 @@ def scatter(
     x_label: str,
     y_label: str,
     *,
+    curve: Series | None = None,
     width: float = 322,
     height: float = 200,
 ) -> Markup:
-    """Points; pairs with a NaN are left out. More than 1,500 are thinned evenly."""
+    """Points, with a curve over them; pairs with a NaN are left out. More than 1,500 are thinned evenly."""
     shown = np.isfinite(x) & np.isfinite(y)
     x, y = x[shown], y[shown]
     step = -(-len(x) // 1500) if len(x) else 1
@@ -128,12 +129,15 @@ def scatter(
         return Markup("")
     with _style():
         figure, axes = _figure(width, height, x_label, y_label)
-        axes.set_xlim(_limits(x, margin=0.03))
-        axes.set_ylim(_limits(y, margin=0.06))
+        across, up = (x, y) if curve is None else (np.append(x, curve.x), np.append(y, curve.y))
+        axes.set_xlim(_limits(across, margin=0.03))
+        axes.set_ylim(_limits(up, margin=0.06))
         # One path of round-capped strokes without length: a fifth of the size of as many markers.
         gap = np.full(len(x), np.nan)
         dots = [np.stack([v, v, gap], 1).ravel() for v in (x, y)]
         axes.plot(*dots, color=_COLORS["b"], alpha=0.5, linewidth=3.2, solid_capstyle="round")
+        if curve is not None:
+            axes.plot(curve.x, curve.y, color=_COLORS[curve.style], solid_capstyle="round")
         return _svg(figure, axes)
 
 
@@ -203,6 +207,40 @@ def interval_chart(
                     axes.plot([one.low, one.high], [y, y], color=color, alpha=0.55)
                 axes.plot([one.value, one.value], [y, y], color=color, linewidth=7, solid_capstyle="round")
         ends = np.array([v for one in intervals for v in (one.value, one.low, one.high) if np.isfinite(v)] + [0.0])
+        low, high = _limits(ends, margin=0.04)
+        axes.set_xlim(0.0 if ends.min() == 0 else low, high)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params("y", labelcolor=_COLORS["ink"], labelsize=11)
+        return _svg(figure, axes, baseline=False)
+
+
+def strip_chart(
+    rows: Sequence[str],
+    values: Sequence[NDArray[np.floating]],
+    x_label: str,
+    *,
+    styles: Sequence[str] = (),
+    width: float = 514,
+) -> Markup:
+    """One dot per value, one row per name from the top down, with a mark at each row's median; NaN are left out."""
+    left, line = 150.0, 38.0
+    height = TOP + BOTTOM + line * len(rows)
+    with _style():
+        figure, axes = _figure(width, height, x_label, "", left=left)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x")
+        for row, numbers in enumerate(values):
+            shown = np.sort(numbers[np.isfinite(numbers)])
+            color = _COLORS[styles[row] if styles else "b"]
+            # Golden-ratio steps spread neighbours over the row's height without chance.
+            y = row + 0.5 * (np.arange(len(shown)) * 0.618034 % 1 - 0.5)
+            gap = np.full(len(shown), np.nan)
+            dots = [np.stack([v, v, gap], 1).ravel() for v in (shown, y)]
+            axes.plot(*dots, color=color, alpha=0.45, linewidth=4.5, solid_capstyle="round")
+            if len(shown):
+                axes.plot([np.median(shown)] * 2, [row - 0.36, row + 0.36], color=color, linewidth=3)
+        ends = np.concatenate([*(v[np.isfinite(v)] for v in values), [0.0]])
         low, high = _limits(ends, margin=0.04)
         axes.set_xlim(0.0 if ends.min() == 0 else low, high)
         axes.set_ylim(len(rows) - 0.5, -0.5)

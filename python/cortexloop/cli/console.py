@@ -21,6 +21,22 @@ class BadInputError(Exception):
     """Something that the user gave cannot be used; the message is one sentence. The exit code is 2."""
 
 
+class InterruptedCommandError(Exception):
+    """Ctrl-C, before anything was written. The exit code is 130."""
+
+
+@contextlib.contextmanager
+def telling_interruptions() -> Iterator[None]:
+    """Turn Ctrl-C within the block into an exception that gets through to `run`.
+
+    Newer versions of typer take a KeyboardInterrupt for themselves and end without a word, older ones with Abort.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedCommandError from error
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
     """Errors of readers and writers within the block are the input's fault, not the program's.

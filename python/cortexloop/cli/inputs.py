@@ -27,8 +27,10 @@ def load_bank(path: Path, neurons: Sequence[str] = ()) -> cl.ModelBank:
         return cl.ModelBank.from_weights(files.read(name) for name in chosen)
 
 
-def choose(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+def choose(names: Sequence[str], wanted: Sequence[str], what: str = "models") -> list[str]:
     """Names chosen by comma-separated names, patterns ("190923/*") or positions ("0", "3-7"); all for an empty choice.
+
+    `what` says what they name.
 
     Raises:
         BadInputError: a part of the choice that matches nothing.
@@ -41,7 +43,7 @@ def choose(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
         found = _matches(names, part)
         if not found:
             some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-            raise BadInputError(f"--neurons {part!r} matches none of the {len(names)} models ({some})")
+            raise BadInputError(f"--neurons {part!r} matches none of the {len(names)} {what} ({some})")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 

@@ -342,6 +342,8 @@ def activations(
 ) -> list[NumpyArray] | list[Tensor]:
     """The maps of one layer of every model, for analysis (computed by the reference backend, an image at a time).
 
+    Differentiable in float torch images; the ReLU's derivative at 0 is 0.
+
     Args:
         images, bank, layout: as for `responses`.
         layer: 0 is the first layer.
@@ -357,7 +359,7 @@ def activations(
         ValueError: a model without that layer, "depthwise" of layer 0, or an unknown kind.
         TypeError, ValueError: as for `responses`.
     """
-    tensor = _on_device(check_images(images, bank, layout), bank).detach()
+    tensor = _on_device(check_images(images, bank, layout), bank)
     if kind not in ("activity", "depthwise"):
         raise ValueError(f'kind should be "activity" or "depthwise", got {kind!r}')
     if layer < 0:

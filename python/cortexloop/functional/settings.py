@@ -64,8 +64,9 @@ def explain(
     """Which backend would run a call, and why not the others.
 
     Args:
-        op: "bank_forward" (`responses`), "bank_input_gradient" (`input_gradient`), or "sample_codes" (all that an
-            evolution does to its codes; `dtype` is theirs).
+        op: "bank_forward" (`responses`), "bank_input_gradient" (`input_gradient`), "sample_codes" (all that an
+            evolution does to its codes; `dtype` is theirs), or "factorized_readout", "point_readout" (with their
+            gradients; `dtype` is that of the features).
         bank: the bank, or None to ask about availability only.
         batch, dtype, layout, precision: the images and options of the call.
         device: where the images are; the bank's device, or the CPU without a bank.

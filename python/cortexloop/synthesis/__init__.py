@@ -5,7 +5,8 @@ May import: `functional`, `bank`, `images` and `weights`; torch and NumPy.
 
 from __future__ import annotations
 
-from cortexloop.synthesis.ascent import Adversarial, Ascent, adversarial, gaussian_blur, maximize, noise_image
+from cortexloop.images import gaussian_blur
+from cortexloop.synthesis.ascent import Adversarial, Ascent, adversarial, maximize, noise_image
 from cortexloop.synthesis.tuning import (
     dot_images,
     dot_location_tuning,

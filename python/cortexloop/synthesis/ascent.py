@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cortexloop.bank import ModelBank
-from cortexloop.functional import input_gradient, responses
+from cortexloop.functional import gradient_ascent, input_gradient, responses
+from cortexloop.functional.ascent import unit_rms
 from cortexloop.images import recenter
 
 Progress = Callable[[int, NDArray[np.floating]], None]
 """Called after every step with the number of steps done (1-based) and the responses of the images, [N]."""
-
-# Part of the published normalisation. It matters: raw gradients have an RMS of 1.5e-5 to 7e-5, so it damps early steps.
-_RMS_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +73,8 @@ def maximize(
 ) -> Ascent:
     """The maximizing (or minimizing) synthesized image of every neuron of a bank, all in one batch.
 
-    For step t = 0, 1, ..., with g the gradient of the response:
-    1. g <- g / (sqrt(mean g^2) + 1e-5), then Gaussian blur over height and width;
-    2. x <- x + step_size g (minus if minimizing), clipped to pixels 0..255;
-    3. the response of x is noted, and x kept if it is the best so far;
-    4. if t > 0 and t is a multiple of `blur_every`, x is blurred.
+    Each image follows `functional.gradient_ascent`: a step along the blurred gradient of unit RMS, clipped to pixels
+    0..255, and now and then a blur of the image.
 
     The published code does the same, except that its best response starts at 0 (1e5 when minimizing), so that a model
     that never exceeds 0 returns the noise it started from; here it starts at minus (plus) infinity.
@@ -106,55 +101,42 @@ def maximize(
         ValueError: if `steps` is less than 1, a recorded step does not exist, a size is negative, or `start` does not
             fit the bank.
     """
-    if steps < 1:
-        raise ValueError(f"steps should be at least 1, got {steps}")
-    if blur < 0 or blur_every < 0 or step_size < 0:
-        raise ValueError(
-            f"step_size, blur and blur_every should not be negative, got {step_size}, {blur}, {blur_every}"
-        )
     if any(not 0 <= t < steps for t in record):
         raise ValueError(f"recorded steps should lie in 0..{steps - 1}, got {list(record)}")
     x = _start_images(bank, noise_image(bank, seed) if start is None else start)
-    sign = -1.0 if minimize else 1.0
     low, high, mean = _pixel_range(bank, x)
     pairs = torch.arange(len(bank), device=x.device)
     cotangent = torch.ones(len(bank), dtype=x.dtype, device=x.device)
-
-    best_images, best = x.clone(), torch.full_like(cotangent, -sign * torch.inf)
-    trajectory = torch.empty(len(bank), steps, dtype=x.dtype)
     recorded = {}
-    grad, reached = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend, return_responses=True)
-    initial = reached.clone()
-    for t in range(steps):
-        x = x + sign * step_size * _blurred(_unit_rms(grad), blur)
-        x = torch.minimum(torch.maximum(x, low), high)
-        if grey:
-            x = (x + mean).mean(-1, keepdim=True) - mean
-        blurs_now = blur_every > 0 and t > 0 and t % blur_every == 0
-        if blurs_now or t == steps - 1:
-            reached = responses(x, bank, pairs=pairs, backend=backend)
-        else:  # the next gradient is taken at this very image and brings its response along
-            grad, reached = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend, return_responses=True)
-        better = sign * reached > sign * best
-        best = torch.where(better, reached, best)
-        best_images[better] = x[better]
-        trajectory[:, t] = reached
+
+    def observe(t: int, images: Tensor, reached: Tensor) -> None:
         if t in record:
-            recorded[t] = (x + mean).cpu()
+            recorded[t] = (images + mean).cpu()
         if progress is not None:
             progress(t + 1, _numpy(reached))
-        if blurs_now and t < steps - 1:
-            x = _blurred(x, blur)
-            grad = input_gradient(x, bank, cotangent, pairs=pairs, backend=backend)
 
+    climb = gradient_ascent(
+        x,
+        lambda x: input_gradient(x, bank, cotangent, pairs=pairs, backend=backend, return_responses=True),
+        lambda x: responses(x, bank, pairs=pairs, backend=backend),
+        low=low,
+        high=high,
+        steps=steps,
+        minimize=minimize,
+        step_size=step_size,
+        blur=blur,
+        blur_every=blur_every,
+        project=(lambda x: (x + mean).mean(-1, keepdim=True) - mean) if grey else None,
+        observe=observe,
+    )
     kept = [recorded[t] for t in record]
     return Ascent(
         names=bank.names,
-        images=_pixels(best_images, mean),
-        responses=_numpy(best),
-        initial=_numpy(initial),
-        trajectory=trajectory.numpy(),
-        recorded=torch.stack(kept).numpy() if kept else np.empty((0, *x.shape), dtype=_numpy(best).dtype),
+        images=_pixels(climb.images, mean),
+        responses=_numpy(climb.scores),
+        initial=_numpy(climb.initial),
+        trajectory=_numpy(climb.trajectory),
+        recorded=torch.stack(kept).numpy() if kept else np.empty((0, *x.shape), dtype=_numpy(climb.scores).dtype),
     )
 
 
@@ -209,7 +191,7 @@ def adversarial(
             break
         ones = torch.ones(len(active), dtype=x.dtype, device=x.device)
         grad = input_gradient(x[active], bank, ones, pairs=active, backend=backend)
-        moved = torch.minimum(torch.maximum(x[active] + step * _unit_rms(grad), low), high)
+        moved = torch.minimum(torch.maximum(x[active] + step * unit_rms(grad), low), high)
         stuck[active] = (moved == x[active]).flatten(1).all(dim=1)  # no gradient, or all it moves is at its bound
         x[active] = moved
         distance[active] = (x[active] - origin[active]).abs().mean(dim=(1, 2, 3))
@@ -232,44 +214,6 @@ def noise_image(bank: ModelBank, seed: int = 0) -> NDArray[np.float32]:
     """The published start image: every pixel and channel uniform in 128..178; recentred float32 [H, W, 3]."""
     pixels = np.random.default_rng(seed).random((bank.height, bank.width, 3)) * 50.0 + 128.0
     return np.asarray(pixels - np.asarray(bank.image_mean), dtype=np.float32)
-
-
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur over height and width, [..., H, W, C], each channel by itself.
-
-    Equals scipy.ndimage.gaussian_filter with its defaults: radius 4 sigma (rounded), edges mirrored about the border
-    between pixels ("reflect").
-
-    Raises:
-        ValueError: if `sigma` is negative.
-    """
-    if sigma < 0:
-        raise ValueError(f"sigma should not be negative, got {sigma}")
-    return _blurred(images, sigma)
-
-
-def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """Tap by tap with elementwise sums, so that the bits of an image depend on nothing else in the batch."""
-    if sigma == 0:
-        return x
-    radius = int(4.0 * sigma + 0.5)
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (weights / weights.sum())[radius:].tolist()  # of the centre and of one side
-    for axis in (-3, -2):
-        size = x.shape[axis]
-        mirrored = np.pad(np.arange(size), radius, mode="symmetric")
-        padded = x.index_select(axis, torch.from_numpy(mirrored).to(x.device))
-        total = x * taps[0]
-        for k, tap in enumerate(taps[1:], start=1):
-            total += (padded.narrow(axis, radius - k, size) + padded.narrow(axis, radius + k, size)) * tap
-        x = total
-    return x
-
-
-def _unit_rms(grad: Tensor) -> Tensor:
-    # In float64, the order of the sum (which varies with batch and threads) vanishes in the rounding to float32.
-    rms = grad.double().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    return grad / (rms + _RMS_EPSILON).to(grad.dtype)
 
 
 def _start_images(bank: ModelBank, start: NDArray[np.generic] | Tensor) -> Tensor:

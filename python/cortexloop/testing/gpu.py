@@ -214,7 +214,7 @@ def tests_stage(backend: str, limit: float, *, rehearse: bool) -> Stage:
     ]
     command += ["-p", "no:cacheprovider", "--durations=5"]
     if rehearse:
-        command += ["--rehearse-gpu=stand-in", "-k", "cuda and (numpy or plans or pairs)"]
+        command += ["--rehearse-gpu=stand-in", "-k", "cuda and (numpy or plans or pairs or moments_exact)"]
         return Stage(
             f"tests {backend}", (tuple(command),), limit=limit, skipped="" if backend == "cuda" else "a rehearsal"
         )
@@ -240,7 +240,7 @@ def benchmark_stage(out: Path, seconds: float, commit: str | None, *, rehearse: 
     command += ["--commit", commit] if commit else []
     if rehearse:
         command += ["--rehearse", "--device", "cpu", "--budget", "1", "--only"]
-        command += ["ceilings,latency,throughput,gradient,stream,accuracy,peers"]
+        command += ["ceilings,latency,throughput,gradient,stream,accuracy,moments,peers"]
     else:
         command += ["--budget", f"{seconds:.0f}"]
     return Stage("benchmark", (tuple(command),), limit=1.3 * seconds + 30)

@@ -20,7 +20,7 @@ enum class State { ready, waiting, finished };
 struct Copy {
   void* shared;
   const void* global;
-  int valid;
+  int bytes, valid;
 };
 
 struct Thread {

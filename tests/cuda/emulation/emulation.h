@@ -9,7 +9,7 @@
 // Schedule 0 runs blocks, warps and lanes in order; 1 in reverse; 2 and more take turns at random, with that seed: warps
 // at each of their collectives, and three blocks in flight at each barrier. The garbage in shared memory differs too.
 //
-// Differences to know: mma_16816 adds products in ascending k, one float rounding each (hardware adds groups of
+// Differences to know: mma_16816 and mma_1688 add products in ascending k, one float rounding each (hardware adds groups of
 // products with truncation); __shfl_sync also orders shared memory here, on hardware only __syncwarp does.
 #pragma once
 
@@ -67,6 +67,7 @@ enum class Kind {
   reduce_min,
   reduce_add,
   mma_16816,
+  mma_1688,
   ldmatrix_x4,
   ldmatrix_x4_trans,
   ldmatrix_x2,
@@ -76,6 +77,12 @@ struct MmaOperands {
   float* d;
   const std::uint32_t* a;
   std::uint32_t b[2];
+};
+
+struct Mma1688Operands {
+  float* d;
+  const std::uint32_t* a;
+  const std::uint32_t* b;
 };
 
 struct LdmatrixOperands {
@@ -103,7 +110,7 @@ unsigned char* dynamic_shared();
 void fence();
 void atomic(const void* address);
 void load_constant(const void* address, std::size_t bytes, const void* from);
-void copy_async(void* shared, const void* global, int valid);
+void copy_async(void* shared, const void* global, int bytes, int valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
@@ -123,11 +130,15 @@ void call(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
 
 template <class T>
 T shuffle(Kind kind, std::uint32_t mask, T value, int other, int width, Site site) {
-  static_assert(sizeof(T) == 4, "shuffles move 32 bits");
-  ShuffleOperands operands{0, other, width};
-  std::memcpy(&operands.value, &value, 4);
-  collective(kind, mask, &operands, site);
-  std::memcpy(&value, &operands.value, 4);
+  static_assert(sizeof(T) % 4 == 0, "shuffles move 32 bits at a time");
+  std::uint32_t words[sizeof(T) / 4];
+  std::memcpy(words, &value, sizeof value);
+  for (std::uint32_t& word : words) {
+    ShuffleOperands operands{word, other, width};
+    collective(kind, mask, &operands, site);
+    word = operands.value;
+  }
+  std::memcpy(&value, words, sizeof value);
   return value;
 }
 
@@ -323,6 +334,10 @@ inline void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t 
 inline void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], CORTEXLOOP_SITE) {
   mma_16816(d, a, b[0], b[1], file, line);
 }
+inline void mma_1688(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], CORTEXLOOP_SITE) {
+  emulation::Mma1688Operands operands{d, a, b};
+  emulation::collective(emulation::Kind::mma_1688, ~0u, &operands, {file, line});
+}
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row, CORTEXLOOP_SITE) {
   emulation::LdmatrixOperands operands{r, shared_row};
   emulation::collective(emulation::Kind::ldmatrix_x4, ~0u, &operands, {file, line});
@@ -336,7 +351,10 @@ inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* shared_row, CORTEXLOO
   emulation::collective(emulation::Kind::ldmatrix_x2, ~0u, &operands, {file, line});
 }
 inline void copy_async_16(void* shared, const void* global, int valid = 16) {
-  emulation::copy_async(shared, global, valid);
+  emulation::copy_async(shared, global, 16, valid);
+}
+inline void copy_async_4(void* shared, const void* global, int valid = 4) {
+  emulation::copy_async(shared, global, 4, valid);
 }
 inline void copy_async_commit() { emulation::copy_async_commit(); }
 template <int kPending>

@@ -150,15 +150,20 @@ void load_constant(const void* address, std::size_t bytes, const void* from) {
 
 unsigned char* dynamic_shared() { return Block::active().shared(); }
 
-void copy_async(void* shared, const void* global, int valid) {
+void copy_async(void* shared, const void* global, int bytes, int valid) {
   Block& self = Block::active();
-  if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
-    self.stop("copy_async_16: an address is not a multiple of 16");
+  const auto size = static_cast<std::size_t>(bytes);
+  if (reinterpret_cast<std::uintptr_t>(shared) % size != 0 || reinterpret_cast<std::uintptr_t>(global) % size != 0) {
+    self.stop(format("copy_async_%d: an address is not a multiple of %d", bytes, bytes));
   }
-  if (!self.in_shared(shared, 16)) self.stop("copy_async_16: the target is not inside dynamic shared memory");
-  if (valid < 0 || valid > 16) self.stop(format("copy_async_16: %d valid bytes, 0 to 16 expected", valid));
-  races::copy_begins(shared, 16, __builtin_return_address(0));
-  self.thread().open_copies.push_back({shared, global, valid});
+  if (!self.in_shared(shared, size)) {
+    self.stop(format("copy_async_%d: the target is not inside dynamic shared memory", bytes));
+  }
+  if (valid < 0 || valid > bytes) {
+    self.stop(format("copy_async_%d: %d valid bytes, 0 to %d expected", bytes, valid, bytes));
+  }
+  races::copy_begins(shared, size, __builtin_return_address(0));
+  self.thread().open_copies.push_back({shared, global, bytes, valid});
 }
 
 void copy_async_commit() {
@@ -172,10 +177,11 @@ void copy_async_wait(int pending) {
   auto& groups = Block::active().thread().copy_groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
-      races::copy_ends(copy.shared, 16);
-      races::touch(copy.shared, 16, races::Kind::store, __builtin_return_address(0));
+      const auto size = static_cast<std::size_t>(copy.bytes);
+      races::copy_ends(copy.shared, size);
+      races::touch(copy.shared, size, races::Kind::store, __builtin_return_address(0));
       races::touch(copy.global, static_cast<std::size_t>(copy.valid), races::Kind::load, __builtin_return_address(0));
-      std::memset(copy.shared, 0, 16);
+      std::memset(copy.shared, 0, size);
       std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.valid));
     }
     groups.erase(groups.begin());

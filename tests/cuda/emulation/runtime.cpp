@@ -55,8 +55,8 @@ std::string format(const char* text, ...) {
 const char* name_of(Kind kind) {
   constexpr const char* names[] = {"__syncthreads",     "__syncwarp",        "__shfl_sync",   "__shfl_xor_sync",
                                    "__shfl_down_sync",  "__shfl_up_sync",    "__ballot_sync", "__reduce_max_sync",
-                                   "__reduce_min_sync", "__reduce_add_sync", "mma_16816",     "ldmatrix_x4",
-                                   "ldmatrix_x4_trans", "ldmatrix_x2"};
+                                   "__reduce_min_sync", "__reduce_add_sync", "mma_16816",     "mma_1688",
+                                   "ldmatrix_x4",       "ldmatrix_x4_trans", "ldmatrix_x2"};
   return names[static_cast<int>(kind)];
 }
 

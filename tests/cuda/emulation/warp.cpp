@@ -32,6 +32,41 @@ void matrix_product(const Lanes& lanes) {
   ++settings.matrix_instructions;
 }
 
+// Of tf32 operands. Bits that tf32 does not have must be zero: what an instruction makes of others is not specified.
+void tf32_product(const Lanes& lanes, std::string* error) {
+  float a[16][8], b[8][8], d[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& operands = *static_cast<const Mma1688Operands*>(lanes[lane].operands);
+    const int g = lane / 4, t = lane % 4;
+    std::uint32_t all = 0;
+    for (int r = 0; r < 4; ++r) {
+      a[g + 8 * (r % 2)][t + 4 * (r / 2)] = bits_as<float>(operands.a[r]);
+      all |= operands.a[r];
+    }
+    for (int r = 0; r < 2; ++r) {
+      b[t + 4 * r][g] = bits_as<float>(operands.b[r]);
+      all |= operands.b[r];
+    }
+    if ((all & 0x1fffu) != 0) {
+      *error = format("mma_1688 at %s: lane %d has an operand that is not a tf32 number",
+                      place(lanes[lane].site).c_str(), lane);
+      return;
+    }
+    for (int i = 0; i < 4; ++i) d[g + 8 * (i / 2)][2 * t + i % 2] = operands.d[i];
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 8; ++k) {
+      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];  // 11 bits by 11: the product is exact
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& operands = *static_cast<const Mma1688Operands*>(lanes[lane].operands);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) operands.d[i] = d[g + 8 * (i / 2)][2 * t + i % 2];
+  }
+  ++settings.matrix_instructions;
+}
+
 void load_matrices(const Lanes& lanes, int count, bool transposed) {
   for (int m = 0; m < count; ++m) {
     std::uint16_t matrix[8][8];
@@ -105,6 +140,7 @@ void execute(Kind kind, std::uint32_t mask, const Lanes& lanes, std::string* err
     case Kind::reduce_min:
     case Kind::reduce_add: reduce_values(kind, lanes, mask); break;
     case Kind::mma_16816: matrix_product(lanes); break;
+    case Kind::mma_1688: tf32_product(lanes, error); break;
     case Kind::ldmatrix_x4: load_matrices(lanes, 4, false); break;
     case Kind::ldmatrix_x4_trans: load_matrices(lanes, 4, true); break;
     case Kind::ldmatrix_x2: load_matrices(lanes, 2, false); break;

@@ -7,6 +7,10 @@ import torch
 from cortexloop.backends.reference.bank import BankOperators
 from cortexloop.backends.reference.evolution import CodeOperators
 from cortexloop.backends.reference.lasso import LassoOperators
+from cortexloop.backends.reference.moments import MomentOperators
+from cortexloop.backends.reference.nmf import NmfOperators
+from cortexloop.backends.reference.pullback import PullbackOperators
+from cortexloop.backends.reference.readout import ReadoutOperators
 from cortexloop.backends.registry import Problem
 
 _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
@@ -14,16 +18,20 @@ _IMAGES = ("images", (torch.uint8, torch.float32, torch.float64))
 _TAKES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "bank_forward": _IMAGES,
     "bank_input_gradient": _IMAGES,
+    "bank_pullback": _IMAGES,
     "sample_codes": ("codes", (torch.float32, torch.float64)),
     "feature_moments": ("features", (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
     "factorized_readout": ("features", (torch.float32, torch.float64)),
     "point_readout": ("features", (torch.float32, torch.float64)),
+    "nmf": ("matrices", (torch.float32, torch.float64)),
     "lasso_path": ("Gram matrices", (torch.float64,)),
 }
 """What each operator works on, and its dtypes."""
 
 
-class ReferenceBackend(BankOperators, CodeOperators, LassoOperators):
+class ReferenceBackend(
+    BankOperators, CodeOperators, PullbackOperators, MomentOperators, LassoOperators, NmfOperators, ReadoutOperators
+):
     """Plain torch; takes everything."""
 
     name = "reference"

@@ -132,7 +132,7 @@ def unpack(weights: Tensor, row: list[int], dtype: torch.dtype) -> Model:
     return Model(tuple(layers), readout.permute(2, 0, 1), section(row[ModelField.READOUT_BIAS], 1)[0])
 
 
-def _math_dtype(images: Tensor) -> torch.dtype:
+def math_dtype(images: Tensor) -> torch.dtype:
     # cuDNN convolutions round float32 inputs to TF32 by default; float64 keeps the reference exact without touching
     # the process-wide switch.
     return torch.float64 if images.dtype == torch.float64 or images.device.type == "cuda" else torch.float32
@@ -142,12 +142,12 @@ def _result_dtype(images: Tensor) -> torch.dtype:
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def _recentred(images: Tensor, weights: Tensor, layout: str) -> Tensor:
+def recentred(images: Tensor, weights: Tensor, layout: str) -> Tensor:
     """[B, 3, H, W] in the dtype of the computation; uint8 images minus the mean, rounded once to float32."""
     x = images.permute(0, 3, 1, 2) if layout == "NHWC" else images
     if images.dtype == torch.uint8:
         x = (x.double() - weights[:3].double()[:, None, None]).float()
-    return x.to(_math_dtype(images)).contiguous()  # torch sums in another order where channels lie last
+    return x.to(math_dtype(images)).contiguous()  # torch sums in another order where channels lie last
 
 
 def _chunks(images: Tensor) -> list[slice]:
@@ -174,8 +174,8 @@ class BankOperators:
             chosen = images[rows]
             if len(chosen) == 0:
                 continue
-            model = unpack(weights, row, _math_dtype(images))
-            parts = [model.read(model.maps(_recentred(chosen[c], weights, layout))[-1]) for c in _chunks(chosen)]
+            model = unpack(weights, row, math_dtype(images))
+            parts = [model.read(model.maps(recentred(chosen[c], weights, layout))[-1]) for c in _chunks(chosen)]
             values = torch.cat(parts).to(out.dtype)
             if pairs is None:
                 out[:, n] = values
@@ -186,7 +186,7 @@ class BankOperators:
     def bank_input_gradient(
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]:
-        math = _math_dtype(images)
+        math = math_dtype(images)
         grad = torch.zeros(images.shape, dtype=math, device=images.device)
         target = grad.permute(0, 3, 1, 2) if layout == "NHWC" else grad  # [B, 3, H, W]
         responses = torch.empty(cotangent.shape, dtype=_result_dtype(images), device=images.device)
@@ -196,7 +196,7 @@ class BankOperators:
             positions = torch.arange(images.shape[0], device=images.device)[rows]
             for chunk in _chunks(positions):
                 here = positions[chunk]
-                maps = model.maps(_recentred(images[here], weights, layout))
+                maps = model.maps(recentred(images[here], weights, layout))
                 index = (here, torch.full_like(here, n)) if pairs is None else (here,)
                 responses[index] = model.read(maps[-1]).to(responses.dtype)
                 weight = cotangent[index].to(math)
@@ -208,10 +208,10 @@ class BankOperators:
         self, images: Tensor, weights: Tensor, row: list[int], layer: int, kind: str, layout: str
     ) -> Tensor:
         """One model's map [B, h, w, C]: "activity" = post-ReLU of `layer`, "depthwise" = what feeds its pointwise."""
-        model = unpack(weights, row, _math_dtype(images))
+        model = unpack(weights, row, math_dtype(images))
         parts = []
         for chunk in _chunks(images):
-            x = _recentred(images[chunk], weights, layout)
+            x = recentred(images[chunk], weights, layout)
             for before in model.layers[:layer]:
                 x = before.forward(x)
             last = model.layers[layer]

@@ -25,8 +25,8 @@ def _operators() -> BankOperators:
 
 
 @functools.cache
-def _device_reason(device: str, index: int) -> str | None:
-    """None where Triton runs kernels on this device, else one sentence why not."""
+def _device_reason(device: str, index: int, what: str = "images") -> str | None:
+    """None where Triton runs kernels on this device, else one sentence why not. `what` is on the device."""
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:  # any folder of that name on the path is found, too
         return "Triton is not installed; pip install cortexloop[triton]"
@@ -35,7 +35,7 @@ def _device_reason(device: str, index: int) -> str | None:
     if INTERPRETED and device in ("cpu", "cuda"):
         return None
     if device != "cuda":
-        return f"the Triton kernels work in GPU memory, the images are on {device}"
+        return f"the Triton kernels work in GPU memory, the {what} are on {device}"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
     if torch.version.hip is None:
@@ -52,11 +52,18 @@ def _device_reason(device: str, index: int) -> str | None:
 
 
 class TritonBackend:
-    """The bank's operators on a GPU."""
+    """The bank's operators, and streaming moments, on a GPU."""
 
     name = "triton"
 
     def unsupported(self, problem: Problem) -> str | None:
+        if problem.op == "feature_moments":
+            reason = _device_reason(problem.device, problem.index, "features")
+            if reason is None:
+                from cortexloop.backends.triton.moments import moments_unsupported
+
+                reason = moments_unsupported(problem.dtype)
+            return reason
         if problem.op not in ("bank_forward", "bank_input_gradient"):
             return f"there is no Triton kernel for {problem.op}"
         reason = _device_reason(problem.device, problem.index)
@@ -84,6 +91,22 @@ class TritonBackend:
         self, images: Tensor, weights: Tensor, table: Tensor, pairs: Tensor | None, cotangent: Tensor, layout: str
     ) -> tuple[Tensor, Tensor]:
         return _operators().bank_input_gradient(images, weights, table, pairs, cotangent, layout)
+
+    def feature_moments(
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        centred: Tensor,
+        shift: Tensor,
+        before: float,
+        batch: float,
+        mean: Tensor,
+        m2: Tensor,
+        cross: Tensor,
+    ) -> None:
+        from cortexloop.backends.triton.moments import feature_moments
+
+        feature_moments(features, weights, centred, shift, before, batch, mean, m2, cross)
 
 
 BACKEND = TritonBackend()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -11,22 +10,11 @@ from torch import Tensor
 
 from cortexloop import _device
 from cortexloop.backends.triton import bank_bwd, bank_fwd
+from cortexloop.backends.triton.launch import launch as _launch
 from cortexloop.backends.triton.plan import Group, Launch, launch_config, plan_of
 
 INTERPRETED = not isinstance(bank_fwd._readout_kernel, triton.JITFunction)
 """Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when they were imported)."""
-
-
-def _launch(kernel: Any, programs: int, *arguments: object, **compiled: int | bool) -> None:
-    """Run a kernel as `programs` programs.
-
-    Raises:
-        RuntimeError: it could not be compiled or launched; the message names it.
-    """
-    try:
-        kernel[(programs,)](*arguments, **compiled)
-    except Exception as error:
-        raise RuntimeError(f"the Triton kernel {kernel.__name__} could not run: {error}") from error
 
 
 class _Call:

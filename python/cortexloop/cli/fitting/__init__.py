@@ -1,0 +1,3 @@
+"""`cortexloop fit`: factorized encoding models of recorded neurons. See `command`."""
+
+from __future__ import annotations
