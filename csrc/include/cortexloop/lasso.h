@@ -1,7 +1,7 @@
 // Lasso along a path of penalties, many neurons on shared features.
 //
 // Minimises 1/2 |y - X w|^2 + penalty |w|_1 over w for each problem (a neuron on a training set) and each of its
-// penalties, by coordinate descent on sets of features that grow along the path. Features and responses are centred.
+// penalties, by Newton steps and coordinate descent. Features and responses are centred.
 // Each penalty starts from the line through the two solutions before it.
 //
 // A problem stops when its duality gap is at most tolerance * y'y (1e-15 y'y if that is less), the gap being that of
@@ -16,7 +16,7 @@
 
 namespace cortexloop {
 
-// Training sets, in one of two forms. `gram`: products of features, best unless features are far more than images.
+// Training sets, in one of two forms. `gram`: products of features, best up to about three features per image.
 // `columns`: the features of all images of all sets, of which a set has those where `mask` is 1.
 struct LassoSets {
   const double* gram;      // [n_sets, features, features], symmetric; null: columns

@@ -1,4 +1,4 @@
-"""Lasso of all neurons on shared features: coordinate descent on Gram matrices that are made once for each fold.
+"""Lasso of all neurons on shared features, whose products are formed once for each fold and not for each neuron.
 
 Minimises |y - Xw - b|^2 / (2n) + alpha |w|_1 for every neuron and alpha, as scikit-learn does. Each neuron's path of
 alphas starts where all weights are 0 and goes down from solution to solution.
@@ -24,7 +24,9 @@ from cortexloop.regression.scoring import assemble, check_scoring, fold_scores
 
 Form = Literal["auto", "gram", "columns"]
 GRAM_LIMIT = 2**30
-"""Bytes of Gram matrices up to which they are formed: they always pay where there is room."""
+"""Bytes of Gram matrices that are held at the same time, and of the largest one that "auto" forms."""
+GRAM_RATIO = 3
+"""Features per image up to which "auto" forms Gram matrices: from there on, working sets of few features are faster."""
 WEIGHTS_LIMIT = 2**28
 """Bytes of weights of one call: all neurons' paths are not kept at the same time."""
 STEPS = 10
@@ -81,8 +83,8 @@ def lasso(
         seed: of the folds.
         tol: a solution is done when its duality gap is at most tol * (sum of squares of the centred responses).
         max_sweeps: for each alpha; if they do not suffice, `ConvergenceWarning`.
-        form: "gram" (products of features, P * P numbers per fold), "columns" (residuals; for P so large that those do
-            not fit), or "auto".
+        form: "gram" (products of all features, P * P numbers per fold), "columns" (products of the few in question and
+            residuals; for P much larger than n), or "auto".
         scoring: "mse": mean over folds of the mean squared error, times -1; "r2": of the coefficient of determination.
         unusable: what to do about constant or NaN responses: "error", or "exclude" and list in `excluded`.
 
@@ -197,7 +199,8 @@ class _Data:
         self.raw, self.means, self.response_means = x, column_means(x), column_means(y)
         self.x, self.y = x.double() - self.means, y - self.response_means
         self.features, self.neurons = x.shape[1], y.shape[1]
-        self.gram_form = form == "gram" or (form == "auto" and 8 * self.features**2 <= GRAM_LIMIT)
+        small = self.features <= GRAM_RATIO * len(x) and 8 * self.features**2 <= GRAM_LIMIT
+        self.gram_form = form == "gram" or (form == "auto" and small)
         self.gram = self.x.T @ self.x if self.gram_form else None
         self.columns = None if self.gram_form else self.x.T.contiguous()
         self.cross = self.x.T @ self.y
@@ -261,7 +264,8 @@ class _Data:
             gram = torch.empty(len(masks), *self.gram.shape, dtype=torch.float64, device=self.x.device)
             for i, mask in enumerate(masks):
                 others = self.x[~mask]
-                gram[i] = self.gram - others.T @ others - count[i] * torch.outer(means[i], means[i])
+                gram[i].copy_(self.gram).addmm_(others.T, others, alpha=-1)
+                gram[i].addr_(means[i], means[i], alpha=-float(count[i]))
                 gram[i, ~varies[i]] = 0
                 gram[i, :, ~varies[i]] = 0
             return LassoSets(len(self.x), gram.diagonal(dim1=1, dim2=2).contiguous(), gram), cross, squares, centred.mT
