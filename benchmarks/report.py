@@ -114,7 +114,8 @@ def accuracy(rows: Sequence[Recorded]) -> list[str]:
 
 def report(rows: Sequence[Recorded]) -> str:
     """The text between the first markers; nothing where nothing was recorded."""
-    rows = [row for row in rows if row["op"] not in ("evolution", report_gpu.OP, report_gpu.MOMENTS_OP)]
+    elsewhere = ("evolution", report_gpu.OP, report_gpu.MOMENTS_OP, *report_factor.TITLES)
+    rows = [row for row in rows if row["op"] not in elsewhere]
     if not rows:
         return ""
     out: list[str] = []
