@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from captum import attr as captum
 
 import cortexloop as cl
 from cortexloop.attribution import InputXGradient, IntegratedGradients, Occlusion, Readout, Saliency
 from cortexloop.features import ModuleFeatures, Preprocess
 from cortexloop.models import CompactModel
 from cortexloop.testing import SmallResNet
-
-captum = pytest.importorskip("captum.attr")
 
 SIZE, PREPROCESS = 16, Preprocess.imagenet(16)
 NEURONS = [0, 3, 7]
