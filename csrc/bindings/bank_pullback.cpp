@@ -3,17 +3,10 @@
 
 #include "cortexloop/bank.h"
 
+#include "pointers.h"
+
 namespace py = pybind11;
 using namespace cortexloop;
-
-namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_bank_pullback(py::module_& m);
 

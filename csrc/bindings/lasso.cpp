@@ -4,19 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include "pointers.h"
+
 namespace py = pybind11;
 using namespace cortexloop;
 
 void bind_lasso(py::module_& m);
-
-namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_lasso(py::module_& m) {
   m.def(

@@ -3,24 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include "pointers.h"
+
 namespace py = pybind11;
 using namespace cortexloop;
-
-namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(Status status) {
-  if (status == Status::ok) return;
-  if (status == Status::invalid_argument) throw py::value_error(last_error());
-  PyErr_SetString(PyExc_MemoryError, last_error());
-  throw py::error_already_set();
-}
-
-}  // namespace
 
 void bind_moments(py::module_& m) {
   m.def(

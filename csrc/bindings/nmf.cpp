@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "pointers.h"
+
 namespace py = pybind11;
 using namespace cortexloop;
 

@@ -182,9 +182,9 @@ def report(predictions: NDArray[Any], responses: Array, raw: Array | None, seed:
     x, y = predictions.T, y.T
     found = {
         "pearson": metrics.pearson_r(x, y),
-        "spearman": spearman(x, y),
+        "spearman": metrics.spearman_r(x, y),
         "r2": metrics.coefficient_of_determination(x, y),
-        "fev": explained_variance(x, y),
+        "fev": metrics.fraction_of_explained_variance(x, y),
     }
     if raw is not None:
         trials = as_numpy(floats(raw, "raw", 3, finite=False))
@@ -195,32 +195,3 @@ def report(predictions: NDArray[Any], responses: Array, raw: Array | None, seed:
         found["ceiling"] = np.where(positive, np.sqrt(np.where(positive, reliability, 1.0)), np.nan)
         found["normalised"] = found["pearson"] / found["ceiling"]
     return found
-
-
-def spearman(predictions: NDArray[Any], responses: NDArray[Any]) -> NDArray[np.float64]:
-    """Pearson correlation of ranks, equal values sharing their mean rank; [N, images] each, NaN = missing; [N]."""
-    missing = np.isnan(predictions) | np.isnan(responses)
-    ranked = [np.stack([_ranks(row, ~gap) for row, gap in zip(rows, missing, strict=True)])
-              for rows in (predictions, responses)]  # fmt: skip
-    return metrics.pearson_r(*ranked)
-
-
-def _ranks(values: NDArray[Any], shown: NDArray[np.bool_]) -> NDArray[np.float64]:
-    _, places, counts = np.unique(values[shown], return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks = np.full(len(values), np.nan)
-    ranks[shown] = (last - (counts - 1) / 2)[places]
-    return ranks
-
-
-def explained_variance(predictions: NDArray[Any], responses: NDArray[Any]) -> NDArray[np.float64]:
-    """FEV, 1 - var(y - prediction) / var(y), [N]; unlike R^2 blind to an offset; nan where responses are constant."""
-    missing = np.isnan(predictions) | np.isnan(responses)
-    y = np.where(missing, np.nan, responses).astype(np.float64)
-    rest = y - predictions
-    found = []
-    for own, left in zip(y, rest, strict=True):
-        shown = ~np.isnan(own)
-        constant = not shown.any() or bool((own[shown] == own[shown][0]).all())
-        found.append(np.nan if constant else 1.0 - np.var(left[shown]) / np.var(own[shown]))
-    return np.asarray(found, dtype=np.float64)
