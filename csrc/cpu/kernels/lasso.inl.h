@@ -176,15 +176,43 @@ CL_NOINLINE void lasso_move_active(LassoState& s, double length) {
   sum.finish();
 }
 
+// A member depends on the active ones: there is a direction that changes their weights but not the prediction. Along it
+// the norm changes linearly, so a step downhill ends where a weight reaches 0. Whether that is the member's own.
+bool lasso_pivot(LassoState& s, std::int64_t e) {
+  double* share = s.columns;  // root^T share = products of e with the active members, as lasso_activate left it
+  lasso_backward(s, share);
+  double slope = s.w[e] > 0.0 ? 1.0 : -1.0;
+  for (std::int64_t i = 0; i < s.active; ++i) slope -= s.sign[i] * share[i];
+  const double way = slope > 0.0 ? -1.0 : 1.0;
+  double length = s.w[e] * way < 0.0 ? absolute(s.w[e]) : HUGE_VAL;
+  std::int64_t first = e;
+  for (std::int64_t i = 0; i < s.active; ++i) {
+    const double w = s.w[s.actives[i]], step = -way * share[i];
+    if (s.sign[i] * (w + length * step) < 0.0) {
+      length = -w / step;
+      first = s.actives[i];
+    }
+  }
+  if (length == HUGE_VAL) return true;  // no slope at all, by rounding
+  for (std::int64_t i = 0; i < s.active; ++i) s.step[i] = -way * share[i];
+  lasso_move_active(s, length);
+  lasso_move(s, e, first == e ? 0.0 : s.w[e] + way * length);
+  if (first == e) return true;
+  lasso_move(s, first, 0.0);
+  lasso_deactivate(s, first);
+  return false;
+}
+
 // Newton steps that never go uphill: the active members are those that have a weight, and a step ends where the first
 // of them reaches 0, which then leaves (as in the feature-sign search of Lee et al. 2006).
 void lasso_descend(LassoState& s, double penalty) {
+  lasso_deactivate_all(s);  // for a new root: rotations wear it
   for (std::int64_t e = 0; e < s.size; ++e) {
-    if (s.slot[e] >= 0 && !(s.w[e] * s.sign[s.slot[e]] > 0.0)) lasso_deactivate(s, e);
-  }
-  for (std::int64_t e = 0; e < s.size; ++e) {
-    const double sign = s.w[e] > 0.0 ? 1.0 : -1.0;
-    if (s.slot[e] < 0 && s.w[e] != 0.0) lasso_activate(s, &e, &sign, 1);
+    while (s.slot[e] < 0 && s.w[e] != 0.0) {
+      const double sign = s.w[e] > 0.0 ? 1.0 : -1.0;
+      lasso_activate(s, &e, &sign, 1);
+      if (s.slot[e] < 0 && lasso_pivot(s, e)) break;
+    }
   }
   while (s.active > 0) {
     lasso_direction(s, penalty);
@@ -237,8 +265,17 @@ CL_NOINLINE std::int64_t lasso_newton(LassoState& s, double penalty) {
   return leaving + entering;
 }
 
-// Gradient of all features, from the residual.
-void lasso_refresh(const LassoSet& set, LassoState& s, const double* responses) {
+// Gradient of all features from the weights alone, which frees it of the rounding of all steps so far.
+void lasso_refresh(const LassoSet& set, LassoState& s, const double* cross, const double* responses) {
+  if (set.gram != nullptr) {
+    std::memcpy(s.gradient, cross, static_cast<std::size_t>(set.features) * sizeof(double));
+    RowSum sum = {s.gradient, set.features, 0, {}, {}};
+    for (std::int64_t e = 0; e < s.size; ++e) {
+      if (s.w[e] != 0.0) sum.add(s.w[e], s.products + e * s.stride);
+    }
+    sum.finish();
+    return;
+  }
   std::memcpy(s.residual, responses, static_cast<std::size_t>(set.images) * sizeof(double));
   RowSum sum = {s.residual, set.images, 0, {}, {}};
   for (std::int64_t e = 0; e < s.size; ++e) {
@@ -347,6 +384,18 @@ bool lasso_work(LassoState& s, const double* cross, double squares, double penal
   return moved;
 }
 
+// Weights that pull against their gradient go to 0: rounding leaves such ones where features depend on each other, too
+// small to be seen in the gap, yet with the wrong sign for the optimality conditions. Whether there was any.
+bool lasso_drop_misfits(LassoState& s) {
+  bool dropped = false;
+  for (std::int64_t e = 0; e < s.size; ++e) {
+    if (!(s.w[e] * s.inner[e] < 0.0)) continue;
+    lasso_move(s, e, 0.0);
+    dropped = true;
+  }
+  return dropped;
+}
+
 // All penalties of one problem. `scratch`: lasso_scratch_doubles numbers.
 void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch) {
   const LassoSet set = lasso_set(a.sets, a.set_of[problem]);
@@ -377,7 +426,8 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
     double gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     double limit = kNear * penalty;
     double before = 0.0;
-    for (bool moving = true; (gap > aim || idle) && moving && sweeps < a.max_sweeps; limit = penalty) {
+    bool exact = false;  // not before the gradient was formed anew
+    for (bool moving = true; (gap > aim || idle || !exact) && moving && sweeps < a.max_sweeps; limit = penalty) {
       if (before > 0.0 && !idle && gap <= allowed && gap > 0.5 * before)
         break;  // good enough, and hardly getting better
       before = gap;
@@ -387,13 +437,18 @@ void lasso_problem(const LassoPathArgs& a, std::int64_t problem, double* scratch
         for (std::int64_t e = 0; e < s.size; ++e) s.inner[e] = s.gradient[s.members[e]];
       }
       moving = lasso_work(s, cross, squares, penalty, aim, allowed, a.max_sweeps, &sweeps) || moving;
-      if (set.gram == nullptr) lasso_refresh(set, s, responses);
+      lasso_refresh(set, s, cross, responses);
+      exact = true;
+      gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
+    }
+    if (lasso_drop_misfits(s)) {
+      lasso_refresh(set, s, cross, responses);
       gap = lasso_full_gap(set, s, cross, squares, penalty, &idle);
     }
     double* weights = a.weights + (problem * a.n_penalties + k) * p;
     std::memset(weights, 0, static_cast<std::size_t>(p) * sizeof(double));
     for (std::int64_t e = 0; e < s.size; ++e) weights[s.members[e]] = s.w[e];
-    a.gaps[problem * a.n_penalties + k] = gap > 0.0 ? (squares > 0.0 ? gap / squares : gap) : 0.0;
+    a.gaps[problem * a.n_penalties + k] = gap < 0.0 ? 0.0 : (squares > 0.0 ? gap / squares : gap);
     a.sweeps[problem * a.n_penalties + k] = sweeps;
   }
 }

@@ -17,8 +17,7 @@ namespace {
 constexpr int kDotLanes = 32;  // partial sums of a dot product; added up by halves
 constexpr int kLine = 8;       // doubles in 64 bytes; rows that are solved together
 constexpr int kBlock = 8;      // members that become active at a time
-constexpr double kDependent =
-    1e-12;  // share of a feature's sum of squares that other active ones must leave unexplained
+constexpr double kDependent = 1e-9;  // share of a feature's sum of squares that other active ones leave unexplained
 
 CL_NOINLINE double dot_f64(const double* CL_RESTRICT a, const double* CL_RESTRICT b, std::int64_t n) {
   double partial[kDotLanes] = {};
@@ -197,9 +196,9 @@ CL_NOINLINE void lasso_backward(const LassoState& s, double* y) {
   }
 }
 
-// Up to kBlock members become active. One whose products depend linearly on those of the active ones does not.
+// Up to kBlock members become active. One whose products depend linearly on those of the active ones does not; its
+// column of the root stays in s.columns.
 CL_NOINLINE void lasso_activate(LassoState& s, const std::int64_t* entering, const double* signs, int count) {
-  if (count > s.most_active - s.active) count = static_cast<int>(s.most_active - s.active);
   for (int q = 0; q < count; ++q) {
     const double* row = s.products + entering[q] * s.stride;
     double* column = s.columns + q * s.most_active;
@@ -218,7 +217,7 @@ CL_NOINLINE void lasso_activate(LassoState& s, const std::int64_t* entering, con
       column[i] = value / up[i];
     }
     const double square = row[entering[q]], rest = square - dot_f64(column, column, own);
-    if (!(rest > kDependent * square)) continue;
+    if (!(rest > kDependent * square) || own == s.most_active) continue;
     for (std::int64_t i = 0; i < own; ++i) lasso_root_row(s, i)[own] = column[i];
     lasso_root_row(s, own)[own] = sqrt(rest);
     s.actives[own] = entering[q];

@@ -166,7 +166,7 @@ class _Counted:
         self.tol, self.short, self.all, self.worst = tol, 0, 0, 0.0
 
     def add(self, gaps: Tensor) -> None:
-        short = gaps > self.tol
+        short = ~(gaps <= self.tol)  # also a NaN
         self.short += int(short.sum())
         self.all += gaps.numel()
         self.worst = max(self.worst, float(gaps.max()))
