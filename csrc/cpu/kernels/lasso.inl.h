@@ -176,31 +176,37 @@ CL_NOINLINE void lasso_move_active(LassoState& s, double length) {
   sum.finish();
 }
 
-// A member depends on the active ones: there is a direction that changes their weights but not the prediction. Along it
-// the norm changes linearly, so a step downhill ends where a weight reaches 0. Whether that is the member's own.
-bool lasso_pivot(LassoState& s, std::int64_t e) {
+// A member depends on the active ones, or all but: there is a direction that changes their weights and hardly the
+// prediction. A step along it, downhill, ends at the minimum or where a weight reaches 0. Whether another member may
+// have become free to follow, because it was that of an active one.
+bool lasso_pivot(LassoState& s, std::int64_t e, double penalty) {
   double* share = s.columns;  // root^T share = products of e with the active members, as lasso_activate left it
+  const double curvature = s.square[e] - dot_f64(share, share, s.active);
   lasso_backward(s, share);
-  double slope = s.w[e] > 0.0 ? 1.0 : -1.0;
-  for (std::int64_t i = 0; i < s.active; ++i) slope -= s.sign[i] * share[i];
+  double slope = (s.w[e] > 0.0 ? penalty : -penalty) - s.inner[e];
+  for (std::int64_t i = 0; i < s.active; ++i) slope -= (s.sign[i] * penalty - s.inner[s.actives[i]]) * share[i];
   const double way = slope > 0.0 ? -1.0 : 1.0;
-  double length = s.w[e] * way < 0.0 ? absolute(s.w[e]) : HUGE_VAL;
-  std::int64_t first = e;
+  double length = curvature > 0.0 ? absolute(slope) / curvature : HUGE_VAL;
+  std::int64_t first = -1;
+  if (s.w[e] * way < 0.0 && absolute(s.w[e]) <= length) {
+    length = absolute(s.w[e]);
+    first = e;
+  }
   for (std::int64_t i = 0; i < s.active; ++i) {
-    const double w = s.w[s.actives[i]], step = -way * share[i];
-    if (s.sign[i] * (w + length * step) < 0.0) {
-      length = -w / step;
+    const double w = s.w[s.actives[i]];
+    s.step[i] = -way * share[i];
+    if (s.sign[i] * (w + length * s.step[i]) < 0.0) {
+      length = -w / s.step[i];
       first = s.actives[i];
     }
   }
-  if (length == HUGE_VAL) return true;  // no slope at all, by rounding
-  for (std::int64_t i = 0; i < s.active; ++i) s.step[i] = -way * share[i];
+  if (length == HUGE_VAL) return false;  // flat, by rounding
   lasso_move_active(s, length);
   lasso_move(s, e, first == e ? 0.0 : s.w[e] + way * length);
-  if (first == e) return true;
+  if (first < 0 || first == e) return false;
   lasso_move(s, first, 0.0);
   lasso_deactivate(s, first);
-  return false;
+  return true;
 }
 
 // Newton steps that never go uphill: the active members are those that have a weight, and a step ends where the first
@@ -211,7 +217,7 @@ void lasso_descend(LassoState& s, double penalty) {
     while (s.slot[e] < 0 && s.w[e] != 0.0) {
       const double sign = s.w[e] > 0.0 ? 1.0 : -1.0;
       lasso_activate(s, &e, &sign, 1);
-      if (s.slot[e] < 0 && lasso_pivot(s, e)) break;
+      if (s.slot[e] < 0 && !lasso_pivot(s, e, penalty)) break;
     }
   }
   while (s.active > 0) {

@@ -14,9 +14,9 @@ namespace cortexloop {
 namespace cpu {
 namespace {
 
-constexpr int kDotLanes = 32;  // partial sums of a dot product; added up by halves
-constexpr int kLine = 8;       // doubles in 64 bytes; rows that are solved together
-constexpr int kBlock = 8;      // members that become active at a time
+constexpr int kDotLanes = 32;        // partial sums of a dot product; added up by halves
+constexpr int kLine = 8;             // doubles in 64 bytes; rows that are solved together
+constexpr int kBlock = 8;            // members that become active at a time
 constexpr double kDependent = 1e-9;  // share of a feature's sum of squares that other active ones leave unexplained
 
 CL_NOINLINE double dot_f64(const double* CL_RESTRICT a, const double* CL_RESTRICT b, std::int64_t n) {
