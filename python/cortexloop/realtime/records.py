@@ -1,0 +1,176 @@
+"""What a session writes into its journal: one structure for each kind of record, encoded with msgpack.
+
+The state of a session is a function of its records: while it runs, each change is written first and applied then; a
+restart applies the same records again. Arrays are stored as `Array`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Union
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cortexloop.realtime.messages import Event, Item, Tell
+
+
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """A NumPy array: dtype with byte order ("<f4"), shape, bytes in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: NDArray[Any]) -> Array:
+        """Copy an array of numbers."""
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        return cls(little.dtype.str, array.shape, little.tobytes())
+
+    def numpy(self) -> NDArray[Any]:
+        """A read-only view.
+
+        Raises:
+            ValueError: bytes, dtype and shape do not belong together.
+        """
+        dtype = np.dtype(self.dtype)
+        if dtype.hasobject:
+            raise ValueError(f"an array of numbers was expected, got dtype {self.dtype!r}")
+        return np.frombuffer(self.data, dtype).reshape(self.shape)
+
+
+class _Record(msgspec.Struct, kw_only=True, frozen=True, tag_field="kind"):
+    mono_ns: int
+    """By the session's monotonic clock, which starts anew with each `Opened`."""
+    wall_ns: int
+
+
+class Start(_Record, tag="start"):
+    """The first record. config: as read, defaults filled in. sources: settings of each stream's source.
+    environment: versions, machine, devices. references: full SHA-256 of each reference image."""
+
+    format: int
+    session: str
+    config: dict[str, Any]
+    config_sha: str
+    sources: dict[str, Any]
+    environment: dict[str, Any]
+    references: list[str]
+    image_shape: tuple[int, int, int]
+
+
+class Opened(_Record, tag="opened"):
+    """A process took the session up: at the start, and after each restart."""
+
+    pid: int
+    host: str
+    environment: dict[str, Any]
+    torn_bytes: int = 0
+    """Bytes of an unfinished record that were cut off and kept aside."""
+
+
+class Closed(_Record, tag="closed"):
+    """The process let go of the session in good order."""
+
+
+class BatchMade(_Record, tag="batch"):
+    """A batch exists from here on.
+
+    shas: full SHA-256 of the pixels of each item. codes: [items that are not references, dim], None where a source has
+    none. decision: what its source decided under time pressure, to be told on replay.
+    """
+
+    batch_id: str
+    stream: str | None
+    generation: int
+    batch_kind: Literal["gen", "repair", "filler"]
+    items: list[Item]
+    shas: list[str]
+    order: list[int]
+    pres_ids: list[str]
+    codes: Array | None = None
+    decision: Any = None
+    repairs: str | None = None
+    """The batch whose missing items these are."""
+
+
+class Served(_Record, tag="served"):
+    """A batch went to a client for the first time."""
+
+    batch_id: str
+    client: str
+    late_ms: float = 0.0
+    """How much later than asked for; above 0 is a missed deadline."""
+
+
+class ShownEvents(_Record, tag="shown"):
+    """Presentations as the rig reported them, raw clocks."""
+
+    id: str
+    client: str
+    events: list[Event]
+
+
+class Told(_Record, tag="tell"):
+    """Responses as they came."""
+
+    client: str
+    header: Tell
+    responses: Array
+
+
+class Update(_Record, tag="update"):
+    """A stream's source learned from a batch. scores: float64 [items that are not references], NaN = missing.
+    digest: of the source's state afterwards."""
+
+    stream: str
+    batch_id: str
+    scores: Array
+    digest: str
+
+
+class ClockMapping(_Record, tag="clock"):
+    """Exchanges with a client's clock, and what followed from all of them so far."""
+
+    id: str
+    client: str
+    clock: str
+    exchanges: list[tuple[int, int, int, int]]
+    offset_ns: float
+    drift_ppm: float
+    uncertainty_ns: float
+
+
+class Control(_Record, tag="control"):
+    """Anything else that changes the session or that its owner should know."""
+
+    what: Literal["note", "pause", "resume", "stop", "fault", "deadline_miss", "stalled", "link_lost", "link_back",
+                  "clock_step", "gap"]  # fmt: skip
+    text: str
+    id: str | None = None
+    client: str | None = None
+    stream: str | None = None
+
+
+Record = Union[Start, Opened, Closed, BatchMade, Served, ShownEvents, Told, Update, ClockMapping, Control]
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
+
+
+def encode(record: Record) -> bytes:
+    """The bytes that are framed in the journal."""
+    return _ENCODER.encode(record)
+
+
+def decode(data: bytes | memoryview) -> Record:
+    """The record in these bytes.
+
+    Raises:
+        ValueError: not a record of this format; the message names the field.
+    """
+    try:
+        return _DECODER.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a record of a session: {error}") from error
