@@ -52,7 +52,18 @@ ALLOWED: dict[str, set[str]] = {
         "attribution",
     },
     # whatever carries messages between a session and a rig
-    "rig": {*LEAVES, "realtime", "io", "functional", "evolve", "synthesis", "screening", "factor", "features", "_native"},
+    "rig": {
+        *LEAVES,
+        "realtime",
+        "io",
+        "functional",
+        "evolve",
+        "synthesis",
+        "screening",
+        "features",
+        "factor",
+        "_native",
+    },
     "synthesis": {*LEAVES, "functional"},
     "screening": {*LEAVES, "functional"},
     # the counter-based random numbers and sums of whole populations are operators without a functional form

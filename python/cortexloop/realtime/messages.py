@@ -8,7 +8,7 @@ All `*_ns` fields are nanoseconds. Times by a rig's own clocks (`t_on`, `diode`,
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -22,7 +22,7 @@ Text = Annotated[str, Meta(max_length=4000)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 MAX_ITEMS = 100_000
 Count = Annotated[int, Meta(ge=0, le=MAX_ITEMS)]
-Number = Union[int, float]
+Number = int | float
 Window = tuple[float, float]
 """Milliseconds from stimulus onset, beginning and end."""
 
@@ -39,17 +39,17 @@ class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 # ---------------------------------------------------------------------------------------------- requests
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
     """Who is there. The first message of a connection."""
 
     id: Id
     client: Name
     roles: list[Literal["display", "acquisition", "viewer"]] = []
-    versions: list[int] = [VERSION]
+    versions: list[int] = msgspec.field(default_factory=lambda: [VERSION])
     secret: Text | None = None
 
 
-class ClockRequest(_Message, tag="clock"):
+class ClockRequest(_Message, frozen=True, kw_only=True, tag="clock"):
     """Ask for the server's time; four or eight of these in a row make a `ClockReport`."""
 
     id: Id
@@ -57,7 +57,7 @@ class ClockRequest(_Message, tag="clock"):
     """The client's monotonic time when it sent this."""
 
 
-class ClockReport(_Message, tag="clock_report"):
+class ClockReport(_Message, frozen=True, kw_only=True, tag="clock_report"):
     """Exchanges from which the server estimates a client's clock."""
 
     id: Id
@@ -67,7 +67,7 @@ class ClockReport(_Message, tag="clock_report"):
     """(t1, t2, t3, t4) in nanoseconds: sent, received, answered, arrived; t1 and t4 by the client's clock."""
 
 
-class Ask(_Message, tag="ask"):
+class Ask(_Message, frozen=True, kw_only=True, tag="ask"):
     """Ask for a batch of images to show. Answered by the same batch until it is told.
 
     after: the batch that was shown last (also a filler); the answer is the one that follows. None: the first that is
@@ -104,14 +104,14 @@ class Event(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     acquisition: Name | None = None
 
 
-class Shown(_Message, tag="shown"):
+class Shown(_Message, frozen=True, kw_only=True, tag="shown"):
     """What was shown when."""
 
     id: Id
     events: Annotated[list[Event], Meta(min_length=1, max_length=MAX_ITEMS)]
 
 
-class Tell(_Message, tag="tell"):
+class Tell(_Message, frozen=True, kw_only=True, tag="tell"):
     """Responses; the buffer is float32 or float64 [rows, units].
 
     A row belongs to one presentation (`pres_ids`), or else to an item and all its presentations (`item_ids` alone).
@@ -132,40 +132,40 @@ class Tell(_Message, tag="tell"):
     final: bool = False
 
 
-class Note(_Message, tag="note"):
+class Note(_Message, frozen=True, kw_only=True, tag="note"):
     """A remark of the experimenter, for the journal."""
 
     id: Id
     text: Text
 
 
-class Pause(_Message, tag="pause"):
+class Pause(_Message, frozen=True, kw_only=True, tag="pause"):
     """No more batches until `Resume`; responses are still taken."""
 
     id: Id
     reason: Text = ""
 
 
-class Resume(_Message, tag="resume"):
+class Resume(_Message, frozen=True, kw_only=True, tag="resume"):
     """Go on, also after too many missing responses (which are then shown again)."""
 
     id: Id
 
 
-class Stop(_Message, tag="stop"):
+class Stop(_Message, frozen=True, kw_only=True, tag="stop"):
     """The session is over; nothing more is shown or told."""
 
     id: Id
     reason: Text = ""
 
 
-class StatusRequest(_Message, tag="status"):
+class StatusRequest(_Message, frozen=True, kw_only=True, tag="status"):
     """How is it going? Answered by `StatusReply`."""
 
     id: Id
 
 
-class Heartbeat(_Message, tag="heartbeat"):
+class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Still here."""
 
     id: Id
@@ -182,7 +182,7 @@ class ResumePoint(msgspec.Struct, kw_only=True, frozen=True):
     last_tell_id: str | None = None
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
     """Answer to `Hello`. config: SHA-256 of the session's configuration."""
 
     id: str
@@ -193,7 +193,7 @@ class Welcome(_Message, tag="welcome"):
     config: str
 
 
-class ClockReply(_Message, tag="clock_reply"):
+class ClockReply(_Message, frozen=True, kw_only=True, tag="clock_reply"):
     """The server's time: received at t2_ns, answered at t3_ns."""
 
     id: str
@@ -215,7 +215,7 @@ class Item(msgspec.Struct, kw_only=True, frozen=True):
     stream: str | None = None
 
 
-class Batch(_Message, tag="batch"):
+class Batch(_Message, frozen=True, kw_only=True, tag="batch"):
     """Answer to `Ask`. The buffer: images uint8 sRGB [n, height, width, 3] of `items[first : first + n]`.
 
     order: the presentations, each as an index into `items`, references first. pres_ids: a name for each of them.
@@ -245,7 +245,7 @@ class Ignored(msgspec.Struct, kw_only=True, frozen=True):
     why: Literal["duplicate", "late", "not_ok"]
 
 
-class Ack(_Message, tag="ack"):
+class Ack(_Message, frozen=True, kw_only=True, tag="ack"):
     """The request took effect, and is on disk. dup: it had already, when the same id came before."""
 
     id: str
@@ -272,7 +272,7 @@ Code = Literal[
 ]
 
 
-class Error(_Message, tag="error"):
+class Error(_Message, frozen=True, kw_only=True, tag="error"):
     """The request had no effect. retry: the same request may succeed later. text: what was expected, what came."""
 
     id: str
@@ -305,7 +305,7 @@ class Link(msgspec.Struct, kw_only=True, frozen=True):
 State = Literal["ready", "running", "paused", "finished", "fault"]
 
 
-class StatusReply(_Message, tag="status_reply"):
+class StatusReply(_Message, frozen=True, kw_only=True, tag="status_reply"):
     """How it is going. reference_mean: mean response to the references in the last batch that was told."""
 
     id: str
@@ -327,8 +327,10 @@ class StatusReply(_Message, tag="status_reply"):
     last_sync_ms: float | None
 
 
-Request = Union[Hello, ClockRequest, ClockReport, Ask, Shown, Tell, Note, Pause, Resume, Stop, StatusRequest, Heartbeat]
-Reply = Union[Welcome, ClockReply, Batch, Ack, Error, StatusReply]
+Request = (
+    Hello | ClockRequest | ClockReport | Ask | Shown | Tell | Note | Pause | Resume | Stop | StatusRequest | Heartbeat
+)
+Reply = Welcome | ClockReply | Batch | Ack | Error | StatusReply
 
 
 class Refusal(Exception):  # noqa: N818

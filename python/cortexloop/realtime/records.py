@@ -6,7 +6,7 @@ restart applies the same records again. Arrays are stored as `Array`.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -46,7 +46,7 @@ class _Record(msgspec.Struct, kw_only=True, frozen=True, tag_field="kind"):
     wall_ns: int
 
 
-class Start(_Record, tag="start"):
+class Start(_Record, frozen=True, kw_only=True, tag="start"):
     """The first record. config: as read, defaults filled in. sources: settings of each stream's source.
     environment: versions, machine, devices. references: full SHA-256 of each reference image."""
 
@@ -60,7 +60,7 @@ class Start(_Record, tag="start"):
     image_shape: tuple[int, int, int]
 
 
-class Opened(_Record, tag="opened"):
+class Opened(_Record, frozen=True, kw_only=True, tag="opened"):
     """A process took the session up: at the start, and after each restart."""
 
     pid: int
@@ -70,11 +70,11 @@ class Opened(_Record, tag="opened"):
     """Bytes of an unfinished record that were cut off and kept aside."""
 
 
-class Closed(_Record, tag="closed"):
+class Closed(_Record, frozen=True, kw_only=True, tag="closed"):
     """The process let go of the session in good order."""
 
 
-class BatchMade(_Record, tag="batch"):
+class BatchMade(_Record, frozen=True, kw_only=True, tag="batch"):
     """A batch exists from here on.
 
     shas: full SHA-256 of the pixels of each item. codes: [items that are not references, dim], None where a source has
@@ -95,7 +95,7 @@ class BatchMade(_Record, tag="batch"):
     """The batch whose missing items these are."""
 
 
-class Served(_Record, tag="served"):
+class Served(_Record, frozen=True, kw_only=True, tag="served"):
     """A batch went to a client for the first time."""
 
     batch_id: str
@@ -104,7 +104,7 @@ class Served(_Record, tag="served"):
     """How much later than asked for; above 0 is a missed deadline."""
 
 
-class ShownEvents(_Record, tag="shown"):
+class ShownEvents(_Record, frozen=True, kw_only=True, tag="shown"):
     """Presentations as the rig reported them, raw clocks."""
 
     id: str
@@ -112,7 +112,7 @@ class ShownEvents(_Record, tag="shown"):
     events: list[Event]
 
 
-class Told(_Record, tag="tell"):
+class Told(_Record, frozen=True, kw_only=True, tag="tell"):
     """Responses as they came."""
 
     client: str
@@ -120,7 +120,7 @@ class Told(_Record, tag="tell"):
     responses: Array
 
 
-class Update(_Record, tag="update"):
+class Update(_Record, frozen=True, kw_only=True, tag="update"):
     """A stream's source learned from a batch. scores: float64 [items that are not references], NaN = missing.
     digest: of the source's state afterwards."""
 
@@ -130,7 +130,7 @@ class Update(_Record, tag="update"):
     digest: str
 
 
-class ClockMapping(_Record, tag="clock"):
+class ClockMapping(_Record, frozen=True, kw_only=True, tag="clock"):
     """Exchanges with a client's clock, and what followed from all of them so far."""
 
     id: str
@@ -142,7 +142,7 @@ class ClockMapping(_Record, tag="clock"):
     uncertainty_ns: float
 
 
-class Control(_Record, tag="control"):
+class Control(_Record, frozen=True, kw_only=True, tag="control"):
     """Anything else that changes the session or that its owner should know."""
 
     what: Literal["note", "pause", "resume", "stop", "fault", "deadline_miss", "stalled", "link_lost", "link_back",
@@ -153,7 +153,7 @@ class Control(_Record, tag="control"):
     stream: str | None = None
 
 
-Record = Union[Start, Opened, Closed, BatchMade, Served, ShownEvents, Told, Update, ClockMapping, Control]
+Record = Start | Opened | Closed | BatchMade | Served | ShownEvents | Told | Update | ClockMapping | Control
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
