@@ -20,6 +20,7 @@ from cortexloop.cli.console import (
 )
 from cortexloop.cli.factor_models import fit, saliency
 from cortexloop.cli.parameters import Backend, Images, Json, Models, Neurons, Precision, Resize, SkipBad, Threads
+from cortexloop.cli.rig import rig
 
 app = typer.Typer(
     name="cortexloop",
@@ -316,6 +317,7 @@ def _given(context: typer.Context) -> Iterator[str]:
 
 app.command()(fit)
 app.command()(saliency)
+app.add_typer(rig)
 
 
 @app.command()

@@ -1,0 +1,7 @@
+"""The commands `cortexloop serve` and `cortexloop rig ...`: options and words; `cortexloop.rig` does the work."""
+
+from __future__ import annotations
+
+import typer
+
+rig = typer.Typer(name="rig", help="Sessions with a rig: simulate, test, check, export.", no_args_is_help=True)
