@@ -26,7 +26,7 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     has to be ready after it is asked for; else a filler is shown: the references, or the best images so far.
     max_reshow: how often missing images are shown again. min_fraction: a source learns from a generation of which at
     least this share has responses; below it the stream stalls until it is resumed. stale_after_s: without a word from a
-    client for so long, its link counts as lost. clock_tolerance_ms: uncertainty of a clock, or backward step, from which
+    client for so long, its link counts as lost. clock_tolerance_ms: from this uncertainty of a clock, or backward step,
     on there is a warning.
     """
 
