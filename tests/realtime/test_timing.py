@@ -192,6 +192,18 @@ def test_a_better_estimate_that_sets_time_back_is_told():
     assert "back" in str(fit.step)
 
 
+def test_a_preview_says_what_add_will_and_changes_nothing():
+    clock, rng = TrueClock(ppm=20), np.random.default_rng(8)
+    estimator = ClockEstimator("a")
+    for k in range(6):
+        clock.steps = 40 * MS * (k >= 3)
+        exchanges = burst(clock, 10**17 + k * 5 * SECOND, rng)
+        previewed = estimator.preview(exchanges)
+        assert estimator.preview(exchanges) == previewed
+        assert estimator.add(exchanges) == previewed
+    assert len(estimator.steps) == 1
+
+
 def test_reports_that_come_twice_or_late_change_nothing():
     clock, rng = TrueClock(ppm=20), np.random.default_rng(8)
     bursts = [burst(clock, 10**17 + k * 5 * SECOND, rng) for k in range(10)]

@@ -177,25 +177,46 @@ class ClockEstimator:
         Raises:
             ValueError: no exchange whose times are in order.
         """
+        burst, fit, anew = self._next(exchanges)
+        if burst is None:
+            return fit
+        if anew:
+            self._segments.append(_Segment(_Rate.after(self.mapping)))
+        self._segments[-1].bursts.append(burst)
+        self._segments[-1].fits.append(fit)
+        if fit.step is not None:
+            self.steps.append(fit.step)
+        return fit
+
+    def preview(self, exchanges: Sequence[Exchange]) -> ClockFit:
+        """What `add` would return; nothing changes.
+
+        Raises:
+            ValueError: as `add`.
+        """
+        return self._next(exchanges)[1]
+
+    def _next(self, exchanges: Sequence[Exchange]) -> tuple[_Burst | None, ClockFit, bool]:
+        """The burst (None if it is old news), the mapping that follows, and whether a segment begins with it."""
         burst = _best(self.name, exchanges)
         before = self.mapping
-        if before is not None and burst.server_ns <= self._segments[-1].bursts[-1].server_ns:
-            return dataclasses.replace(before, step=None)
-        step = None if before is None else self._surprise(before, burst)
-        if before is None or step is not None:
-            self._segments.append(_Segment(_Rate.after(before)))
+        if before is None:
+            return burst, _fit([burst], _Rate(), None, None), True
         segment = self._segments[-1]
-        segment.bursts.append(burst)
-        fit = _fit(segment.bursts[-_BURSTS:], segment.rate, None if step else before, step)
-        if before is not None and step is None:
-            back = before.to_server_ns(burst.at_ns) - fit.to_server_ns(burst.at_ns)
-            if back > BACKWARD_TOLERANCE_NS:
-                step = Step(self.name, burst.server_ns, segment.bursts[-2].server_ns, -back, "back")
-                fit = dataclasses.replace(fit, step=step)
-        if step is not None:
-            self.steps.append(step)
-        segment.fits.append(fit)
-        return fit
+        last = segment.bursts[-1]
+        if burst.server_ns <= last.server_ns:
+            return None, dataclasses.replace(before, step=None), False
+        jump = burst.server_ns - before.to_server_ns(burst.at_ns)
+        allowed = burst.half_rtt_ns + before.uncertainty_at(burst.at_ns) + 2 * _FLOOR_NS
+        if burst.at_ns <= last.at_ns or abs(jump) > allowed:
+            step = Step(self.name, burst.server_ns, last.server_ns, jump, "jump")
+            return burst, _fit([burst], _Rate.after(before), None, step), True
+        fit = _fit([*segment.bursts[1 - _BURSTS :], burst], segment.rate, before, None)
+        back = before.to_server_ns(burst.at_ns) - fit.to_server_ns(burst.at_ns)
+        if back > BACKWARD_TOLERANCE_NS:
+            step = Step(self.name, burst.server_ns, last.server_ns, -back, "back")
+            fit = dataclasses.replace(fit, step=step)
+        return burst, fit, False
 
     def to_server_ns(self, t_ns: int, received_ns: int | None = None) -> tuple[int, float]:
         """Server time of a client time, and its uncertainty, in nanoseconds.
@@ -235,15 +256,6 @@ class ClockEstimator:
         before = self._segments[i].bursts[-1].server_ns if i >= 0 else -math.inf
         after = self._segments[i + 1].bursts[0].server_ns if i + 1 < len(self._segments) else math.inf
         return before, after
-
-    def _surprise(self, before: ClockFit, burst: _Burst) -> Step | None:
-        """The step that a burst reveals, None if the mapping so far can be true."""
-        last = self._segments[-1].bursts[-1]
-        jump = burst.server_ns - before.to_server_ns(burst.at_ns)
-        allowed = burst.half_rtt_ns + before.uncertainty_at(burst.at_ns) + 2 * _FLOOR_NS
-        if burst.at_ns > last.at_ns and abs(jump) <= allowed:
-            return None
-        return Step(self.name, burst.server_ns, last.server_ns, jump, "jump")
 
 
 def _best(name: str, exchanges: Sequence[Exchange]) -> _Burst:
