@@ -354,7 +354,7 @@ class Journal:
             sync_file(self._fd)
         except BaseException as error:
             self._refusal = f"{str(self.path)!r} failed before and takes no more records; restart when the disk is well"
-            self._pending.clear()
+            self._pending = bytearray()
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._synced)
                 sync_file(self._fd)
@@ -362,7 +362,7 @@ class Journal:
                 raise JournalError(f"{str(self.path)!r} cannot be written: {reason(error)}") from error
             raise
         self._synced += len(self._pending)
-        self._pending.clear()
+        self._pending = bytearray()
         return (time.perf_counter() - begun) * 1e3
 
     def close(self) -> None:

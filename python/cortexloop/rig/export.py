@@ -163,7 +163,7 @@ def write_session(recording: Recording, out: Path) -> Path:
 
 
 def write_codes(recording: Recording, out: Path) -> list[Path]:
-    """Write codes.npz if there are codes: for each stream `<stream>` [images, dim] and `<stream>.items`, their names."""
+    """Write codes.npz if there are codes: of each stream `<stream>` [images, dim] and `<stream>.items`, their names."""
     streams: dict[str, list[Any]] = {}
     for batch in recording.history.batches.values():
         if batch.codes_shape is not None and batch.made.stream is not None and batch.codes_dtype is not None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from cortexloop.realtime.records import (
     ClockMapping,
     Closed,
     Control,
+    OnsetFound,
     Opened,
     Record,
     Served,
@@ -28,6 +30,14 @@ from cortexloop.realtime.records import (
     Update,
 )
 from cortexloop.realtime.rounds import BatchState
+
+
+class Report(NamedTuple):
+    """What the rig said of one presentation, what followed for its onset then, and in which record."""
+
+    event: Event
+    onset: OnsetFound | None
+    record: ShownEvents
 
 
 @dataclass(eq=False)
@@ -45,7 +55,7 @@ class BatchHistory:
     codes_dtype: str | None
     served: Served | None = None
     update: Update | None = None
-    events: dict[str, tuple[Event, ShownEvents]] = field(default_factory=dict)
+    events: dict[str, Report] = field(default_factory=dict)
 
     @property
     def made(self) -> BatchMade:
@@ -127,13 +137,14 @@ class History:
 
     def _add_events(self, record: ShownEvents) -> None:
         self.shown.append(record)
-        for event in record.events:
+        for position, event in enumerate(record.events):
             batch = self.batch_of_presentation.get(event.pres_id)
             if batch is None:
                 continue
             known = batch.events.get(event.pres_id)
-            if known is None or (known[0].outcome == "ok" and event.outcome != "ok" and not batch.state.closed):
-                batch.events[event.pres_id] = event, record
+            if known is None or (known.event.outcome == "ok" and event.outcome != "ok" and not batch.state.closed):
+                onset = record.onsets[position] if position < len(record.onsets) else None
+                batch.events[event.pres_id] = Report(event, onset, record)
             batch.state.note([event])
 
     def _add_tell(self, record: Told) -> None:

@@ -120,7 +120,8 @@ _PRESENTATIONS: list[tuple[str, Kind]] = [
     ("pres_id", "text"), ("batch_id", "text"), ("stream", "text"), ("generation", "integer"), ("batch_kind", "text"),
     ("position", "integer"), ("item_id", "text"), ("item_kind", "text"), ("label", "text"), ("sha", "text"),
     ("outcome", "text"), ("t_on", "number"), ("t_off", "number"), ("clock", "text"), ("frame", "integer"),
-    ("missed", "integer"), ("diode", "number"), ("ttl", "number"), ("acquisition", "text"), ("reported_by", "text"),
+    ("missed", "integer"), ("diode", "number"), ("ttl", "number"), ("acquisition", "text"), ("onset_ns", "integer"),
+    ("onset_by", "text"), ("onset_uncertainty_ns", "real"), ("onset_problems", "text"), ("reported_by", "text"),
     ("reported_wall_ns", "integer"), ("counts", "truth"),
 ]  # fmt: skip
 
@@ -130,19 +131,21 @@ def _presentations(history: History) -> Iterator[Row]:
         made = batch.made
         for position, (pres, index) in enumerate(zip(made.pres_ids, made.order, strict=True)):
             item, sha = made.items[index], made.shas[index] if index < len(made.shas) else None
-            event, record = batch.events.get(pres, (None, None))
+            report = batch.events.get(pres)
+            event = None if report is None else report.event
+            onset = None if report is None else report.onset
             yield (
                 pres, made.batch_id, made.stream, made.generation, made.batch_kind,
                 position, item.item_id, item.kind, item.label, sha,
-                *(
-                    (None,) * 9
-                    if event is None
-                    else (
-                        event.outcome, event.t_on, event.t_off, event.clock, event.frame, event.missed, event.diode,
-                        event.ttl, event.acquisition,
-                    )
-                ),
-                record and record.client, record and record.wall_ns, batch.state.told.get(pres) is not None,
+                *((None,) * 9 if event is None else (
+                    event.outcome, event.t_on, event.t_off, event.clock, event.frame, event.missed, event.diode,
+                    event.ttl, event.acquisition,
+                )),
+                *((None,) * 4 if onset is None else (
+                    onset.t_ns, onset.by, _real(onset.uncertainty_ns), "; ".join(onset.problems) or None,
+                )),
+                report and report.record.client, report and report.record.wall_ns,
+                batch.state.told.get(pres) is not None,
             )  # fmt: skip
 
 
@@ -186,8 +189,9 @@ def rows_that_count(batch: BatchHistory, number: int) -> dict[int, list[str]]:
 
 
 _CLOCKS: list[tuple[str, Kind]] = [
-    ("clock", "text"), ("client", "text"), ("wall_ns", "integer"), ("mono_ns", "integer"), ("offset_ns", "real"),
-    ("drift_ppm", "real"), ("uncertainty_ns", "real"), ("exchanges", "integer"), ("shortest_ns", "integer"),
+    ("clock", "text"), ("client", "text"), ("wall_ns", "integer"), ("mono_ns", "integer"), ("at_ns", "integer"),
+    ("offset_ns", "integer"), ("drift_ppm", "real"), ("uncertainty_ns", "real"), ("exchanges", "integer"),
+    ("shortest_ns", "integer"),
 ]  # fmt: skip
 
 
@@ -195,7 +199,7 @@ def _clocks(history: History) -> Iterator[Row]:
     for record in history.clocks:
         trips = [(t4 - t1) - (t3 - t2) for t1, t2, t3, t4 in record.exchanges]
         yield (
-            record.clock, record.client, record.wall_ns, record.mono_ns, _real(record.offset_ns),
+            record.clock, record.client, record.wall_ns, record.mono_ns, record.at_ns, record.offset_ns,
             _real(record.drift_ppm), _real(record.uncertainty_ns), len(trips), min(trips, default=None),
         )  # fmt: skip
 

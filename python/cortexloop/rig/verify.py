@@ -205,6 +205,8 @@ class _Records:
 
     def _shown(self, record: ShownEvents) -> Iterator[str]:
         yield from self._once(record.id, f"report {record.id!r}")
+        if len(record.onsets) != len(record.events):
+            yield f"has {len(record.onsets)} onsets for {len(record.events)} presentations"
         unknown = [e.pres_id for e in record.events if e.pres_id not in self.history.batch_of_presentation]
         if unknown:
             yield f"is about {len(unknown)} presentations that no batch has, {unknown[0]!r} first"
@@ -257,7 +259,7 @@ class _Records:
         yield from self._once(record.id, f"estimate {record.id!r}")
         if any(t4 < t1 or t3 < t2 for t1, t2, t3, t4 in record.exchanges):
             yield "has exchanges that ended before they began"
-        if not np.isfinite([record.offset_ns, record.drift_ppm, record.uncertainty_ns]).all():
+        if not np.isfinite([record.drift_ppm, record.uncertainty_ns]).all():
             yield "is not a number"
 
     def _control(self, record: Control) -> None:
@@ -291,11 +293,8 @@ def _check_pixels(found: Verified, folder: Path, records: _Records) -> None:
 
 def _check_each(check: Check, pixels: PixelStore, named: dict[str, str]) -> None:
     stored = pixels.shas()
-    for sha in stored:
-        try:
-            pixels.get(sha)
-        except JournalError as error:
-            check.fail(str(error))
+    for problem in filter(None, (_problem(pixels, sha) for sha in stored)):
+        check.fail(problem)
     there = set(stored)
     missing = [sha for sha in named if sha not in there]
     for sha in missing:
@@ -303,3 +302,11 @@ def _check_each(check: Check, pixels: PixelStore, named: dict[str, str]) -> None
     unnamed = len(there - set(named))
     if unnamed:
         check.notes.append(f"{unnamed} images that no batch has: made, and then the process ended")
+
+
+def _problem(pixels: PixelStore, sha: str) -> str | None:
+    try:
+        pixels.get(sha)
+    except JournalError as error:
+        return str(error)
+    return None

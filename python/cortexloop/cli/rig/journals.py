@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -102,7 +102,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; made if missing.")] = Path("export"),
     json: Json = False,
 ) -> None:
-    """Write a session for other tools: tables of presentations and responses, or images and scores as XDREAM has them."""
+    """Write a session for other tools: tables of presentations, responses and more, or files as XDREAM has them."""
     from cortexloop.realtime.journal import JournalError
     from cortexloop.rig.export import export as run
 
@@ -124,14 +124,8 @@ def export(
 
 @rig.command()
 @telling_interruptions()
-def replay(
-    folder: Folder,
-    check: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--check", help="Configuration of the session: repeat all of it on a copy, and compare."),
-    ] = None,
-) -> None:
-    """Tell what happened in a session; with --check, let its sources learn and propose all of it again, bit by bit."""
+def replay(folder: Folder) -> None:
+    """Tell what happened in a session."""
     from cortexloop.realtime.journal import JournalError
 
     try:
@@ -139,8 +133,6 @@ def replay(
             _tell(recording)
     except JournalError as error:
         raise BadInputError(sentence(error)) from error
-    if check is not None:
-        _repeat(folder, check)
 
 
 def _opened(folder: Path) -> Recording:
