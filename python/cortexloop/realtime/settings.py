@@ -22,12 +22,12 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One session.
 
-    repeats, reference_repeats: presentations of each image and of each reference in a batch. within_ms: when a batch has
-    to be ready after it is asked for; else a filler is shown: the references, or the best images so far. max_reshow: how
-    often missing images are shown again. min_fraction: a source learns from a generation of which at least this share
-    has responses; below it the stream stalls until it is resumed. stale_after_s: without a word from a client for so
-    long, its link counts as lost, and the session pauses if it was the last display. clock_tolerance_ms: uncertainty of
-    a clock, or backward step, from which on there is a warning.
+    repeats, reference_repeats: presentations of each image and of each reference in a batch. within_ms: when a batch
+    has to be ready after it is asked for; else a filler is shown: the references, or the best images so far.
+    max_reshow: how often missing images are shown again. min_fraction: a source learns from a generation of which at
+    least this share has responses; below it the stream stalls until it is resumed. stale_after_s: without a word from a
+    client for so long, its link counts as lost. clock_tolerance_ms: uncertainty of a clock, or backward step, from which
+    on there is a warning.
     """
 
     session: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._\-]+$")]
