@@ -1,4 +1,4 @@
-"""The part of a session that takes long and runs beside it: sources learn, propose, and images are rendered and kept."""
+"""What takes long and runs beside a session: sources learn and propose, images are rendered and kept."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Advance:
-    """What came of it. digest: after learning, None if there was no lesson. proposal: None if there was none to make, or
-    no more. finished: the source has no more. images, shas: of the proposal."""
+    """What came of it.
+
+    digest: after learning, None if there was no lesson. proposal: None if there was none to make, or no more. finished:
+    the source has no more. images, shas: of the proposal.
+    """
 
     lesson: Lesson | None
     digest: str | None

@@ -9,17 +9,19 @@ One thread calls `handle` and `poll`. Learning, proposing and rendering run besi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from cortexloop.realtime import messages as m
 from cortexloop.realtime import records as r
@@ -31,7 +33,7 @@ from cortexloop.realtime.rounds import BatchState, Round
 from cortexloop.realtime.settings import SessionSettings, StreamSettings
 from cortexloop.realtime.source import Images, Proposal, Source, sha256
 from cortexloop.realtime.status import environment, report
-from cortexloop.realtime.timing import ClockEstimator
+from cortexloop.realtime.timing import ClockEstimator, onset
 
 FORMAT = 1
 BEST_AS_FILLER = 8
@@ -109,6 +111,7 @@ class Session:
         self,
         journal: Journal,
         pixels: PixelStore,
+        start: r.Start,
         settings: SessionSettings,
         sources: Mapping[str, Source],
         references: Images,
@@ -131,16 +134,19 @@ class Session:
         self.last_sync_ms: float | None = None
         self.counts = {"told": 0, "deadline_misses": 0, "reshown": 0, "late": 0, "gaps": 0}
         self._journal, self._pixels, self._clock = journal, pixels, clock
+        self._config_sha = start.config_sha
         self._own_executor = executor is None
         self._executor = executor or ThreadPoolExecutor(1, "cortexloop-sources")
         self._by_id: dict[str, BatchState] = {}
         self._acks: dict[str, m.Ack] = {}
         self._asked: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
+        self._uncertain: set[str] = set()
         self._images: dict[str, Images] = {}
         self._proposals: dict[str, list[Proposal]] = {}
         self._reference_shas: list[str] = []
         self._replaying = False
+        self._broken = False
         self._closed = False
 
     # ------------------------------------------------------------------------------------------ beginning and end
@@ -191,7 +197,7 @@ class Session:
             image_shape=(*size, 3),
         )
         journal = Journal.create(where, start)
-        session = cls(journal, PixelStore(where, (*size, 3)), settings, sources, references, clock, executor)
+        session = cls(journal, PixelStore(where, (*size, 3)), start, settings, sources, references, clock, executor)
         session._reference_shas = session._pixels.put(references) if len(references) else []
         session._begin()
         return session
@@ -228,7 +234,8 @@ class Session:
                 raise ResumeError(f"the journal should begin with a start record, got {type(start).__name__}")
             kept = _plain({"settings": settings, "config": config or {}})
             _compare(start, kept, sources, references)
-            session = cls(journal, PixelStore(Path(folder), (*size, 3)), settings, sources, references, clock, executor)
+            pixels = PixelStore(Path(folder), (*size, 3))
+            session = cls(journal, pixels, start, settings, sources, references, clock, executor)
             session._reference_shas = session._pixels.put(references) if len(references) else []
             session._replay(records[1:])
             session._begin()
@@ -255,7 +262,7 @@ class Session:
         if self._own_executor:
             self._executor.shutdown(wait=True, cancel_futures=True)
         try:
-            if not self.fault:
+            if not self._broken:
                 self._journal.append(self._stamp(r.Closed))
                 self._journal.sync()
                 self._pixels.sync()
@@ -286,9 +293,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ messages
 
-    def handle(
-        self, client: str, request: m.Request, buffer: bytes | memoryview | None = None
-    ) -> Outgoing | None:
+    def handle(self, client: str, request: m.Request, buffer: bytes | memoryview | None = None) -> Outgoing | None:
         """Take a request.
 
         Args:
@@ -320,7 +325,7 @@ class Session:
                 return Outgoing(
                     m.ClockReply(id=request.id, t1_ns=request.t1_ns, t2_ns=received, t3_ns=self._clock.monotonic_ns())
                 )
-        if self._journal_broken:
+        if self._broken:
             raise m.Refusal("FAULT", f"nothing can be recorded: {self.fault}")
         if isinstance(request, m.Ask):
             return self._ask(client, request)
@@ -349,14 +354,15 @@ class Session:
             case m.Shown():
                 for event in request.events:
                     self._batch_of_presentation(event.pres_id)
-                return self._stamp(r.ShownEvents, id=request.id, client=name, events=request.events)
-            case m.ClockReport():
-                estimator = self.clocks.get(request.clock) or ClockEstimator(request.clock)
-                found = estimator.preview(request.exchanges)
                 return self._stamp(
-                    r.ClockMapping, id=request.id, client=name, clock=request.clock, exchanges=request.exchanges,
-                    offset_ns=found.offset_ns, drift_ppm=found.drift_ppm, uncertainty_ns=found.uncertainty_ns,
-                )  # fmt: skip
+                    r.ShownEvents,
+                    id=request.id,
+                    client=name,
+                    events=request.events,
+                    onsets=[self._onset(event) for event in request.events],
+                )
+            case m.ClockReport():
+                return self._clock_record(name, request)
             case m.Note():
                 return self._stamp(r.Control, what="note", text=request.text, id=request.id, client=name)
             case m.Pause():
@@ -366,6 +372,45 @@ class Session:
             case m.Stop():
                 return self._stamp(r.Control, what="stop", text=request.reason, id=request.id, client=name)
         raise m.Refusal("BAD_MESSAGE", f"a request was expected, got {type(request).__name__}")
+
+    def _clock_record(self, client: str, report: m.ClockReport) -> r.ClockMapping:
+        """Take exchanges with a clock.
+
+        The one change of state that comes before its record, which says what followed; if that cannot be written, the
+        session ends anyway.
+        """
+        estimator = self.clocks.setdefault(report.clock, ClockEstimator(report.clock))
+        try:
+            fit = estimator.add(report.exchanges)
+        except ValueError as error:
+            raise m.Refusal("BAD_MESSAGE", str(error)) from error
+        tolerance = self.settings.clock_tolerance_ms * 1e6
+        if fit.step is not None:
+            self._write(self._stamp(r.Control, what="clock_step", text=str(fit.step), client=client))
+        if fit.uncertainty_ns > tolerance and report.clock not in self._uncertain:
+            text = f"clock {report.clock!r} is known to {fit.uncertainty_ns / 1e6:.1f} ms only"
+            self._write(self._stamp(r.Control, what="clock_uncertain", text=text, client=client))
+        (self._uncertain.add if fit.uncertainty_ns > tolerance else self._uncertain.discard)(report.clock)
+        return self._stamp(
+            r.ClockMapping,
+            id=report.id,
+            client=client,
+            clock=report.clock,
+            exchanges=report.exchanges,
+            at_ns=fit.at_ns,
+            offset_ns=fit.offset_ns,
+            drift_ppm=fit.drift_ppm,
+            uncertainty_ns=fit.uncertainty_ns,
+        )
+
+    def _onset(self, event: m.Event) -> r.OnsetFound:
+        try:
+            found = onset(event, self.clocks, self.settings.clock_units, self._clock.monotonic_ns())
+        except ValueError as error:
+            raise m.Refusal("BAD_MESSAGE", f"presentation {event.pres_id!r}: {error}") from error
+        return r.OnsetFound(
+            t_ns=found.t_ns, by=found.by, uncertainty_ns=found.uncertainty_ns, problems=list(found.problems)
+        )
 
     def _hello(self, client: str, hello: m.Hello) -> m.Welcome:
         self.clients[client] = Client(hello.client, list(hello.roles), self._clock.monotonic_ns())
@@ -380,7 +425,7 @@ class Session:
                 told=self.counts["told"],
                 last_tell_id=self.last_tell,
             ),
-            config=self._journal.start.config_sha,
+            config=self._config_sha,
         )
 
     def _responses(self, tell: m.Tell, buffer: bytes | memoryview | None) -> r.Array:
@@ -621,9 +666,7 @@ class Session:
         return self.batches[-1]
 
     def _reference_items(self) -> tuple[list[m.Item], list[str]]:
-        items = [
-            m.Item(item_id=f"ref-{i:03d}", kind="ref", sha=sha[:16]) for i, sha in enumerate(self._reference_shas)
-        ]
+        items = [m.Item(item_id=f"ref-{i:03d}", kind="ref", sha=sha[:16]) for i, sha in enumerate(self._reference_shas)]
         return items, list(self._reference_shas)
 
     def _best_items(self) -> tuple[list[m.Item], list[str]] | None:
@@ -681,8 +724,8 @@ class Session:
         self._write(
             self._stamp(
                 r.Control, what="stalled", stream=stream.name,
-                text=f"generation {current.generation} of {stream.name!r} has responses for {current.fraction():.0%} of "
-                f"its images after showing it {len(current.batches)} times, at least "
+                text=f"generation {current.generation} of {stream.name!r} has responses for {current.fraction():.0%} "
+                f"of its images after it was shown {len(current.batches)} times, at least "
                 f"{self.settings.min_fraction:.0%} are needed",
             )
         )  # fmt: skip
@@ -821,13 +864,9 @@ class Session:
     def _sync(self) -> None:
         self.last_sync_ms = self._journal.sync()
 
-    @property
-    def _journal_broken(self) -> bool:
-        return self.fault is not None and self._journal.failed
-
     def _break(self, text: str) -> None:
         """The journal cannot be written: from here on nothing happens that would go unrecorded."""
-        self.fault = text
+        self.fault, self._broken = text, True
 
     def _replay(self, records: list[r.Record]) -> None:
         self._replaying = True
@@ -838,6 +877,8 @@ class Session:
     def _apply(self, record: r.Record) -> None:
         """Change the state as a record says; the only place where it changes."""
         match record:
+            case r.Opened():
+                self.clocks.clear()  # they were related to a monotonic clock that may have begun anew
             case r.BatchMade():
                 self._apply_batch(record)
             case r.Served():
@@ -854,8 +895,8 @@ class Session:
             case r.Update():
                 self._apply_update(record)
             case r.ClockMapping():
-                estimator = self.clocks.setdefault(record.clock, ClockEstimator(record.clock))
-                estimator.add(record.exchanges)
+                if self._replaying:
+                    self.clocks.setdefault(record.clock, ClockEstimator(record.clock)).add(record.exchanges)
                 self._acks[record.id] = m.Ack(id=record.id, accepted=len(record.exchanges))
             case r.Control():
                 self._apply_control(record)
@@ -994,3 +1035,100 @@ class Session:
     def status(self) -> m.StatusReply:
         """How it is going."""
         return report(self, "status")
+
+    def requests_so_far(self) -> int:
+        """How many requests took effect so far: where a client in the same process may number its own from."""
+        return len(self._acks) + len(self.batches)
+
+    def now_ns(self) -> int:
+        """By the session's monotonic clock."""
+        return self._clock.monotonic_ns()
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self._journal.path.parent
+
+
+def sha256_of(image: Images) -> str:
+    """SHA-256 of an image's pixels, hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from the journal: numbers, texts, lists and dicts."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(value, enc_hook=_builtin))
+
+
+def _builtin(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"settings and decisions should be numbers, texts, lists and dicts, got {type(value).__name__}")
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True))
+
+
+def _check(
+    settings: SessionSettings, sources: Mapping[str, Source], references: Images | None
+) -> tuple[Images, tuple[int, int]]:
+    """References (maybe none) and the size of all images.
+
+    Raises:
+        ValueError: parts that do not belong together.
+    """
+    names = [stream.name for stream in settings.streams]
+    if sorted(names) != sorted(sources) or len(set(names)) != len(names):
+        raise ValueError(
+            f"there should be one source for each stream, {_few(names)}, got sources for {_few(list(sources))}"
+        )
+    if any(name == "filler" or name == "ref" for name in names):
+        raise ValueError("the names 'filler' and 'ref' are the session's own; call the stream something else")
+    sizes = {tuple(source.size) for source in sources.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"all streams should show images of one size, got {sorted(sizes)}; give them a placement")
+    height, width = next(iter(sizes))
+    if references is None:
+        return np.zeros((0, height, width, 3), np.uint8), (height, width)
+    if references.dtype != np.uint8 or references.ndim != 4 or references.shape[1:] != (height, width, 3):
+        raise ValueError(
+            f"references should be uint8 [R, {height}, {width}, 3], got {references.dtype} {list(references.shape)}"
+        )
+    return np.ascontiguousarray(references), (height, width)
+
+
+def _compare(start: r.Start, kept: Any, sources: Mapping[str, Source], references: Images) -> None:
+    """Refuse to go on with another session.
+
+    Raises:
+        ResumeError: the first thing that differs.
+    """
+    if start.format != FORMAT:
+        raise ResumeError(f"the journal has format {start.format}, this version reads format {FORMAT}")
+    if _digest(kept) != start.config_sha:
+        where, ours, theirs = _difference(start.config, kept)
+        raise ResumeError(f"the configuration has changed: {where} was {ours!r:.80} and is now {theirs!r:.80}")
+    for name, source in sources.items():
+        now = _plain(source.settings())
+        if now != start.sources.get(name):
+            where, ours, theirs = _difference(start.sources.get(name), now)
+            raise ResumeError(
+                f"the source of stream {name!r} is another: {where} was {ours!r:.80} and is now {theirs!r:.80}"
+            )
+    if [sha256_of(image) for image in references] != start.references:
+        raise ResumeError("the reference images are not those that the session began with")
+
+
+def _difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any]:
+    """The first place where two nested values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    return where or "it", before, now

@@ -39,7 +39,9 @@ class FixedImages:
         seed: int = 0,
     ) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
-            raise ValueError(f"images should be uint8 [N, H, W, 3] with N >= 1, got {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"images should be uint8 [N, H, W, 3] with N >= 1, got {images.dtype} {list(images.shape)}"
+            )
         if per_batch < 1 or rounds < 1:
             raise ValueError(f"per_batch and rounds should be at least 1, got {per_batch} and {rounds}")
         if labels is not None and len(labels) != len(images):
