@@ -31,16 +31,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How much a server takes.
 
     header_bytes, buffer_bytes: of one request. stranger_bytes: of a TCP client's header before its hello, when it can
-    have no buffer. clients: connections at once of each transport. waiting: requests of one client that wait for an
-    answer. output_bytes, stall_s: what may lie unread for a TCP client, and for how long nothing may move, before it is
-    cut off. hello_s: how long a TCP connection may be silent before its hello.
+    have no buffer. clients: connections at once of each transport. output_bytes, stall_s: what may lie unread for a TCP
+    client, and for how long nothing may move, before it is cut off. hello_s: how long a TCP connection may take to say
+    hello.
     """
 
     header_bytes: Size = 8 * 2**20
     buffer_bytes: Size = 64 * 2**20
     stranger_bytes: Size = 16 * 2**10
     clients: Annotated[int, Meta(ge=1, le=1000)] = 32
-    waiting: Annotated[int, Meta(ge=1, le=1000)] = 8
     output_bytes: Size = 256 * 2**20
     stall_s: Seconds = 10.0
     hello_s: Seconds = 10.0

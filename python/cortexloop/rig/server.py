@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import zmq
 
-from cortexloop.realtime.clock import Clock, SystemClock
-from cortexloop.realtime.messages import Ask, Error, Refusal, Reply, Request
+from cortexloop.realtime.messages import Error, Refusal, Reply, Request
 from cortexloop.rig.protocol import Bytes, Desk, Encoding, Limits, Peer, Refused, encode, encoding_of, refuse
 from cortexloop.rig.tcp import Listener
 
@@ -34,6 +33,14 @@ _AT_ONCE = 64  # messages of one transport before the others have their turn
 _ZMQ_UNREAD = 64  # replies that ZeroMQ keeps for a client, beyond which it drops them
 
 
+class _Waiting(NamedTuple):
+    """The ask of a client that a session has not answered yet, and who is to have the answer."""
+
+    id: str
+    peer: Peer
+    encoding: Encoding
+
+
 class Serving(Protocol):
     """What a server needs of a session (`cortexloop.realtime.session.Session`)."""
 
@@ -44,6 +51,8 @@ class Serving(Protocol):
     def poll(self) -> list[tuple[str, Answer]]: ...
 
     def next_wake_ns(self) -> int | None: ...
+
+    def now_ns(self) -> int: ...
 
 
 def check_address(host: str, *, secret: str | None, insecure: bool) -> None:
@@ -76,7 +85,6 @@ class Server:
         secret: what clients have to say in their hello.
         insecure: listen to other computers without a secret.
         limits: how much is taken.
-        clock: the session's.
         tick, tick_s: something to call, in the server's thread, about every so many seconds.
 
     Attributes:
@@ -96,15 +104,14 @@ class Server:
         secret: str | None = None,
         insecure: bool = False,
         limits: Limits | None = None,
-        clock: Clock | None = None,
         tick: Callable[[], None] | None = None,
         tick_s: float = 1.0,
     ) -> None:
         self.limits = limits or Limits()
-        self._session, self._clock = session, clock or SystemClock()
+        self._session = session
         self._desk = Desk(secret, self.limits)
         self._tick, self._tick_s = tick, tick_s
-        self._waiting: dict[tuple[str, str], tuple[Peer, Encoding]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._jobs: queue.SimpleQueue[tuple[LocalPeer, Request, Bytes | None]] = queue.SimpleQueue()
         self._stopping, self._gone, self._woken = False, False, True
         self._bell, self._button = socket.socketpair()
@@ -194,7 +201,7 @@ class Server:
         waits = [1000.0]
         due = self._session.next_wake_ns()
         if due is not None:
-            waits.append((due - self._clock.monotonic_ns()) / 1e6)
+            waits.append((due - self._session.now_ns()) / 1e6)
         if self._tick is not None:
             waits.append((next_tick - time.monotonic()) * 1e3)
         if self._listener is not None:
@@ -209,13 +216,14 @@ class Server:
 
     def _look_at_session(self) -> None:
         due = self._session.next_wake_ns()
-        if not self._woken and (due is None or due > self._clock.monotonic_ns()):
+        if not self._woken and (due is None or due > self._session.now_ns()):
             return
         self._woken = False
         for client, answer in self._session.poll():
-            peer, encoding = self._waiting.pop((client, answer[0].id), (None, "json"))
-            if peer is not None:
-                _send(peer, encoding, answer)
+            waiting = self._waiting.get(client)
+            if waiting is not None and waiting.id == answer[0].id:
+                del self._waiting[client]
+                _send(waiting.peer, waiting.encoding, answer)
 
     def _serve_local(self) -> None:
         for _ in range(_AT_ONCE):
@@ -246,15 +254,6 @@ class Server:
     def _answer(self, peer: Peer, request: Request, buffer: Bytes | None, encoding: Encoding) -> None:
         client = peer.client
         assert client is not None
-        waiting = (client, request.id)
-        if isinstance(request, Ask):
-            if waiting in self._waiting:  # sent again, perhaps over a new connection: the answer goes there
-                self._waiting[waiting] = (peer, encoding)
-                return
-            if sum(other == client for other, _ in self._waiting) >= self.limits.waiting:
-                text = f"{self.limits.waiting} requests of {client!r} wait already"
-                _send(peer, encoding, (Error(id=request.id, code="BUSY", text=text, retry=True), None))
-                return
         try:
             answer = self._session.handle(client, request, memoryview(buffer) if buffer is not None else None)
         except Refusal as refusal:
@@ -264,16 +263,21 @@ class Server:
             log.exception("a %s of client %r failed", type(request).__name__, client)
             text = f"the server failed at this {type(request).__name__.lower()}; its log says more"
             answer = (Error(id=request.id, code="FAULT", text=text), None)
-        if answer is None:
-            self._waiting[waiting] = (peer, encoding)
-        else:
+        if answer is not None:
             _send(peer, encoding, answer)
+            return
+        # One ask of a client waits at a time. Sent again, perhaps over a new connection, its answer goes there.
+        older = self._waiting.get(client)
+        self._waiting[client] = _Waiting(request.id, peer, encoding)
+        if older is not None and older.id != request.id:
+            text = f"a later ask of client {client!r} waits instead"
+            _send(older.peer, older.encoding, (Error(id=older.id, code="BUSY", text=text, retry=True), None))
 
     def _say_goodbye(self) -> None:
         """Tell those who wait to try again: another server may take the session up."""
-        for (_, id), (peer, encoding) in self._waiting.items():
+        for waiting in self._waiting.values():
             text = "the server is closing; the session can be taken up by another"
-            _send(peer, encoding, (Error(id=id, code="BUSY", text=text, retry=True), None))
+            _send(waiting.peer, waiting.encoding, (Error(id=waiting.id, code="BUSY", text=text, retry=True), None))
         self._waiting.clear()
         self._gone = True
         self._refuse_jobs()
