@@ -71,7 +71,7 @@ class Batch:
         self.items: list[Header] = header["items"]
         self.order: list[int] = header["order"]
         self.pres_ids: list[str] = header["pres_ids"]
-        self.shape: tuple[int, int, int, int] = (len(self.items), *header["shape"][1:])  # type: ignore[assignment]
+        self.shape: tuple[int, int, int, int] = (len(self.items), *header["shape"][1:])
         self.pixels = pixels
 
     @property
@@ -479,7 +479,7 @@ class _Zmq(_Link):
         import zmq
 
         self._zmq = zmq
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: Any = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
             self._socket.connect(address)

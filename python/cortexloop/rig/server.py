@@ -10,6 +10,7 @@ import collections
 import contextlib
 import ipaddress
 import logging
+import math
 import queue
 import socket
 import time
@@ -197,7 +198,7 @@ class Server:
         self._bell.close()
         self._button.close()
 
-    def _timeout_ms(self, next_tick: float) -> float:
+    def _timeout_ms(self, next_tick: float) -> int:
         waits = [1000.0]
         due = self._session.next_wake_ns()
         if due is not None:
@@ -206,7 +207,7 @@ class Server:
             waits.append((next_tick - time.monotonic()) * 1e3)
         if self._listener is not None:
             waits.append(self._listener.next_check_s() * 1e3)
-        return max(0.0, min(waits))
+        return math.ceil(max(0.0, min(waits)))
 
     def _hear_bell(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -366,7 +367,7 @@ class Router:
         except zmq.ZMQError as error:
             self.socket.close(0)
             raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
-        self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def receive(self) -> tuple[RouterPeer, Bytes, Bytes | None] | None:
         """The next message, None if there is none. What has no meaning is answered here."""

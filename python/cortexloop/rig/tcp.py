@@ -150,7 +150,7 @@ class Listener:
         found_host, found_port = self._socket.getsockname()[:2]
         self.address = f"[{found_host}]:{found_port}" if ":" in found_host else f"{found_host}:{found_port}"
         self._connections: dict[int, Connection] = {}
-        self._next_check = time.monotonic() + 1.0
+        self._next_check = time.monotonic()
 
     def register(self, poller: zmq.Poller) -> None:
         """Have new connections announced."""
