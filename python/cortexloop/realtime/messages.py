@@ -206,13 +206,14 @@ class Item(msgspec.Struct, kw_only=True, frozen=True):
     """One image of a batch.
 
     sha: the first 16 hexadecimal digits of the SHA-256 of its pixels. kind: "ref" is one of the session's references.
-    stream: whose image it is, None for a reference.
+    stream: whose image it is, None for a reference. label: what its source calls it, a file's name for example.
     """
 
     item_id: str
     kind: Literal["gen", "ref"]
     sha: str
     stream: str | None = None
+    label: str | None = None
 
 
 class Batch(_Message, frozen=True, kw_only=True, tag="batch"):
