@@ -210,11 +210,12 @@ class Journal:
 
     Attributes:
         path: the file.
+        start: its first record.
         torn_bytes: bytes of an unfinished record that were cut off when it was opened.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, *, torn_bytes: int = 0) -> None:
-        self.path, self.torn_bytes = path, torn_bytes
+    def __init__(self, path: Path, start: Start, lock: filelock.BaseFileLock, *, torn_bytes: int = 0) -> None:
+        self.path, self.start, self.torn_bytes = path, start, torn_bytes
         self._lock = lock
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | BINARY)
         self._synced = os.fstat(self._fd).st_size
@@ -250,7 +251,7 @@ class Journal:
                     os.close(fd)
                 fresh.rename(path)
                 sync_folder(folder)
-                return cls(path, lock)
+                return cls(path, first, lock)
         except BaseException:
             lock.release()
             raise
@@ -276,6 +277,8 @@ class Journal:
                 records = list(reader)
                 if reader.problem is not None:
                     raise JournalError(reader.problem)
+                start = records[0]
+                assert isinstance(start, Start)  # the reader saw to that
                 file.seek(reader.good)
                 torn = file.read(reader.size - reader.good)
             with _failing(path):
@@ -284,10 +287,15 @@ class Journal:
                     with path.open("r+b") as file:
                         file.truncate(reader.good)
                         os.fsync(file.fileno())
-                return cls(path, lock, torn_bytes=len(torn)), records
+                return cls(path, start, lock, torn_bytes=len(torn)), records
         except BaseException:
             lock.release()
             raise
+
+    @property
+    def failed(self) -> bool:
+        """Whether a `sync` failed, after which nothing more is taken."""
+        return self._refusal is not None
 
     def append(self, record: Record) -> None:
         """Take a record; it counts from the next `sync` on.

@@ -7,6 +7,8 @@
     u32       CRC-32 of the 36 bytes before and of what follows
     ...       the pixels as they are if the length is height * width * 3, else compressed by zlib
 
+An entry that is damaged is passed over; the images behind it stay readable, and its own may be put again.
+
 Kept because images cannot always be made again bit by bit from their codes, on another GPU for example. Written before
 the journal names them: an image that no record names does no harm.
 """
@@ -36,6 +38,7 @@ _SHAPE = struct.Struct("<III")
 _ENTRY = struct.Struct("<32sII")
 _START = len(MAGIC) + _SHAPE.size
 _LEVEL = 1
+_WINDOW = 1 << 20
 
 
 def pixel_sha(image: NDArray[np.uint8]) -> str:
@@ -64,6 +67,7 @@ class PixelStore:
         path: the file.
         shape: of every image.
         torn_bytes: bytes of an unfinished entry at the end, when it was opened.
+        damaged_bytes: bytes between good entries that belong to none.
 
     Raises:
         FileNotFoundError: `readonly` or no shape, and no file.
@@ -142,18 +146,42 @@ class PixelStore:
     def _find_entries(self, size: int) -> int:
         """Note where each image is, by the heads of the entries; return where the good ones end."""
         found: list[tuple[str, _Place]] = []
-        offset = _START
+        offset, self.damaged_bytes = _START, 0
         while size - offset >= _ENTRY.size:
             sha, length, _ = _ENTRY.unpack(self._read(offset, _ENTRY.size))
-            if not 1 <= length <= min(self._raw, size - offset - _ENTRY.size):
+            if 1 <= length <= min(self._raw, size - offset - _ENTRY.size):
+                found.append((sha.hex(), _Place(offset, length)))
+                offset += _ENTRY.size + length
+                continue
+            # This is no head: because the entry before was damaged, or this one is, or here is the end.
+            while found and self._stored(found[-1][1]) is None:
+                offset = found.pop()[1].offset
+            good = self._next_good(offset + 1, size)
+            if good is None:
                 break
-            found.append((sha.hex(), _Place(offset, length)))
-            offset += _ENTRY.size + length
+            self.damaged_bytes += good - offset
+            offset = good
         # After a power cut the last entries may have their length and not their content.
         while found and self._stored(found[-1][1]) is None:
             offset = found.pop()[1].offset
         self._places = dict(found)
         return offset
+
+    def _next_good(self, offset: int, size: int) -> int | None:
+        """Where the first whole entry from this place on begins."""
+        while size - offset >= _ENTRY.size:
+            window = np.frombuffer(self._read(offset, _WINDOW + _ENTRY.size), np.uint8)
+            starts = len(window) - _ENTRY.size + 1
+            # The length that an entry would have, for each place where it could begin.
+            lengths = np.zeros(starts, np.uint32)
+            for byte in range(4):
+                lengths |= window[32 + byte : 32 + byte + starts].astype(np.uint32) << np.uint32(8 * byte)
+            for start in np.flatnonzero((lengths >= 1) & (lengths <= self._raw)).tolist():
+                place = _Place(offset + start, int(lengths[start]))
+                if place.offset + _ENTRY.size + place.length <= size and self._stored(place) is not None:
+                    return place.offset
+            offset += starts
+        return None
 
     def _stored(self, place: _Place) -> bytes | None:
         """What the file has of an image, None if its checksum is wrong."""

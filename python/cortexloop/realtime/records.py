@@ -104,12 +104,26 @@ class Served(_Record, frozen=True, kw_only=True, tag="served"):
     """How much later than asked for; above 0 is a missed deadline."""
 
 
+class OnsetFound(msgspec.Struct, kw_only=True, frozen=True):
+    """When a presentation began, by the best source at the time of its report (`timing.onset`).
+
+    t_ns: by the server's monotonic clock. by: "photodiode", "ttl", "flip" or "received". problems: why better sources
+    were passed over.
+    """
+
+    t_ns: int
+    by: str
+    uncertainty_ns: float
+    problems: list[str] = []
+
+
 class ShownEvents(_Record, frozen=True, kw_only=True, tag="shown"):
-    """Presentations as the rig reported them, raw clocks."""
+    """Presentations as the rig reported them, raw clocks; and what followed for their onsets then."""
 
     id: str
     client: str
     events: list[Event]
+    onsets: list[OnsetFound]
 
 
 class Told(_Record, frozen=True, kw_only=True, tag="tell"):
@@ -131,13 +145,14 @@ class Update(_Record, frozen=True, kw_only=True, tag="update"):
 
 
 class ClockMapping(_Record, frozen=True, kw_only=True, tag="clock"):
-    """Exchanges with a client's clock, and what followed from all of them so far."""
+    """Exchanges with a client's clock, and what followed from all of them so far (see `timing.ClockFit`)."""
 
     id: str
     client: str
     clock: str
     exchanges: list[tuple[int, int, int, int]]
-    offset_ns: float
+    at_ns: int
+    offset_ns: int
     drift_ppm: float
     uncertainty_ns: float
 
@@ -145,8 +160,19 @@ class ClockMapping(_Record, frozen=True, kw_only=True, tag="clock"):
 class Control(_Record, frozen=True, kw_only=True, tag="control"):
     """Anything else that changes the session or that its owner should know."""
 
-    what: Literal["note", "pause", "resume", "stop", "fault", "deadline_miss", "stalled", "link_lost", "link_back",
-                  "clock_step", "gap"]  # fmt: skip
+    what: Literal[
+        "note",
+        "pause",
+        "resume",
+        "stop",
+        "fault",
+        "deadline_miss",
+        "stalled",
+        "link_lost",
+        "link_back",
+        "clock_step",
+        "clock_uncertain",
+    ]
     text: str
     id: str | None = None
     client: str | None = None

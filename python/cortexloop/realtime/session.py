@@ -33,7 +33,7 @@ from cortexloop.realtime.rounds import BatchState, Round
 from cortexloop.realtime.settings import SessionSettings, StreamSettings
 from cortexloop.realtime.source import Images, Proposal, Source, sha256
 from cortexloop.realtime.status import environment, report
-from cortexloop.realtime.timing import ClockEstimator
+from cortexloop.realtime.timing import ClockEstimator, onset
 
 FORMAT = 1
 BEST_AS_FILLER = 8
@@ -141,6 +141,7 @@ class Session:
         self._acks: dict[str, m.Ack] = {}
         self._asked: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
+        self._uncertain: set[str] = set()
         self._images: dict[str, Images] = {}
         self._proposals: dict[str, list[Proposal]] = {}
         self._reference_shas: list[str] = []
@@ -353,14 +354,15 @@ class Session:
             case m.Shown():
                 for event in request.events:
                     self._batch_of_presentation(event.pres_id)
-                return self._stamp(r.ShownEvents, id=request.id, client=name, events=request.events)
-            case m.ClockReport():
-                estimator = self.clocks.get(request.clock) or ClockEstimator(request.clock)
-                found = estimator.preview(request.exchanges)
                 return self._stamp(
-                    r.ClockMapping, id=request.id, client=name, clock=request.clock, exchanges=request.exchanges,
-                    offset_ns=found.offset_ns, drift_ppm=found.drift_ppm, uncertainty_ns=found.uncertainty_ns,
-                )  # fmt: skip
+                    r.ShownEvents,
+                    id=request.id,
+                    client=name,
+                    events=request.events,
+                    onsets=[self._onset(event) for event in request.events],
+                )
+            case m.ClockReport():
+                return self._clock_record(name, request)
             case m.Note():
                 return self._stamp(r.Control, what="note", text=request.text, id=request.id, client=name)
             case m.Pause():
@@ -370,6 +372,45 @@ class Session:
             case m.Stop():
                 return self._stamp(r.Control, what="stop", text=request.reason, id=request.id, client=name)
         raise m.Refusal("BAD_MESSAGE", f"a request was expected, got {type(request).__name__}")
+
+    def _clock_record(self, client: str, report: m.ClockReport) -> r.ClockMapping:
+        """Take exchanges with a clock.
+
+        The one change of state that comes before its record, which says what followed; if that cannot be written, the
+        session ends anyway.
+        """
+        estimator = self.clocks.setdefault(report.clock, ClockEstimator(report.clock))
+        try:
+            fit = estimator.add(report.exchanges)
+        except ValueError as error:
+            raise m.Refusal("BAD_MESSAGE", str(error)) from error
+        tolerance = self.settings.clock_tolerance_ms * 1e6
+        if fit.step is not None:
+            self._write(self._stamp(r.Control, what="clock_step", text=str(fit.step), client=client))
+        if fit.uncertainty_ns > tolerance and report.clock not in self._uncertain:
+            text = f"clock {report.clock!r} is known to {fit.uncertainty_ns / 1e6:.1f} ms only"
+            self._write(self._stamp(r.Control, what="clock_uncertain", text=text, client=client))
+        (self._uncertain.add if fit.uncertainty_ns > tolerance else self._uncertain.discard)(report.clock)
+        return self._stamp(
+            r.ClockMapping,
+            id=report.id,
+            client=client,
+            clock=report.clock,
+            exchanges=report.exchanges,
+            at_ns=fit.at_ns,
+            offset_ns=fit.offset_ns,
+            drift_ppm=fit.drift_ppm,
+            uncertainty_ns=fit.uncertainty_ns,
+        )
+
+    def _onset(self, event: m.Event) -> r.OnsetFound:
+        try:
+            found = onset(event, self.clocks, self.settings.clock_units, self._clock.monotonic_ns())
+        except ValueError as error:
+            raise m.Refusal("BAD_MESSAGE", f"presentation {event.pres_id!r}: {error}") from error
+        return r.OnsetFound(
+            t_ns=found.t_ns, by=found.by, uncertainty_ns=found.uncertainty_ns, problems=list(found.problems)
+        )
 
     def _hello(self, client: str, hello: m.Hello) -> m.Welcome:
         self.clients[client] = Client(hello.client, list(hello.roles), self._clock.monotonic_ns())
@@ -836,6 +877,8 @@ class Session:
     def _apply(self, record: r.Record) -> None:
         """Change the state as a record says; the only place where it changes."""
         match record:
+            case r.Opened():
+                self.clocks.clear()  # they were related to a monotonic clock that may have begun anew
             case r.BatchMade():
                 self._apply_batch(record)
             case r.Served():
@@ -852,8 +895,8 @@ class Session:
             case r.Update():
                 self._apply_update(record)
             case r.ClockMapping():
-                estimator = self.clocks.setdefault(record.clock, ClockEstimator(record.clock))
-                estimator.add(record.exchanges)
+                if self._replaying:
+                    self.clocks.setdefault(record.clock, ClockEstimator(record.clock)).add(record.exchanges)
                 self._acks[record.id] = m.Ack(id=record.id, accepted=len(record.exchanges))
             case r.Control():
                 self._apply_control(record)
@@ -992,6 +1035,10 @@ class Session:
     def status(self) -> m.StatusReply:
         """How it is going."""
         return report(self, "status")
+
+    def requests_so_far(self) -> int:
+        """How many requests took effect so far: where a client in the same process may number its own from."""
+        return len(self._acks) + len(self.batches)
 
     def now_ns(self) -> int:
         """By the session's monotonic clock."""

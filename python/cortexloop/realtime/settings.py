@@ -27,7 +27,8 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_reshow: how often missing images are shown again. min_fraction: a source learns from a generation of which at
     least this share has responses; below it the stream stalls until it is resumed. stale_after_s: without a word from a
     client for so long, its link counts as lost. clock_tolerance_ms: from this uncertainty of a clock, or backward step,
-    on there is a warning.
+    on there is a warning. clock_units: nanoseconds per unit of each clock that does not count nanoseconds, by name: 1e9
+    for one that counts seconds, 33333.333 for samples at 30 kHz.
     """
 
     session: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._\-]+$")]
@@ -41,3 +42,4 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     min_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.8
     stale_after_s: Positive = 3.0
     clock_tolerance_ms: Positive = 5.0
+    clock_units: dict[Name, Positive] = {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cortexloop.realtime import messages as m
+from cortexloop.realtime.timing import latest_uncertainty_ns
 
 if TYPE_CHECKING:
     from cortexloop.realtime.session import Session
@@ -27,7 +28,7 @@ def environment() -> dict[str, Any]:
     return {
         "cortexloop": version,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -47,7 +48,7 @@ def report(session: Session, id: str) -> m.StatusReply:
         "finished": "every stream has shown and learned all it had" if not session.stopped else "stopped",
     }.get(state, "")
     stale = session.settings.stale_after_s
-    uncertainties = [c.uncertainty_ns for c in session.clocks.values() if c.uncertainty_ns is not None]
+    uncertainty = latest_uncertainty_ns(session.clocks.values(), now)
     try:
         free: int | None = shutil.disk_usage(session.folder).free
     except OSError:
@@ -80,7 +81,7 @@ def report(session: Session, id: str) -> m.StatusReply:
         reshown=session.counts["reshown"],
         late=session.counts["late"],
         gaps=session.counts["gaps"],
-        clock_uncertainty_us=max(uncertainties) / 1e3 if uncertainties else None,
+        clock_uncertainty_us=None if uncertainty is None else uncertainty / 1e3,
         links=[
             m.Link(
                 client=client.name,
