@@ -12,7 +12,7 @@ from cortexloop.bank import ModelBank
 from cortexloop.features import FeatureSource
 from cortexloop.realtime.clock import Clock, SystemClock
 from cortexloop.realtime.refit import Double, Refit
-from cortexloop.realtime.source import Images, Proposal
+from cortexloop.realtime.source import Images, Proposal, sha256
 from cortexloop.realtime.sources import common
 from cortexloop.realtime.sources.guide import Guide, Rows
 
@@ -172,7 +172,7 @@ class CandidateSource:
 
     def digest(self) -> str:
         """See `Source`."""
-        return common.sha256(self._ledger.digest(), self.guide.digest())
+        return sha256(self._ledger.digest(), self.guide.digest())
 
     def _name(self, position: int) -> str:
         return str(position) if self._names is None else self._names[position]

@@ -14,7 +14,7 @@ from cortexloop.evolve.generators.base import CODE_RMS
 from cortexloop.features import FeatureSource
 from cortexloop.realtime.clock import Clock, SystemClock
 from cortexloop.realtime.refit import Double, Refit
-from cortexloop.realtime.source import Images, Proposal
+from cortexloop.realtime.source import Images, Proposal, sha256
 from cortexloop.realtime.sources import common
 from cortexloop.realtime.sources.guide import Guide, Rows
 
@@ -198,7 +198,7 @@ class ModelGuided:
 
     def digest(self) -> str:
         """See `Source`."""
-        return common.sha256(self._ledger.digest(), self.guide.digest())
+        return sha256(self._ledger.digest(), self.guide.digest())
 
     # ------------------------------------------------------------------------------------ choosing
 

@@ -73,7 +73,7 @@ class SynthesisSource:
         self._bank, self._sha = bank, common.bank_digest(bank)
         self._per_batch, self._batches, self._steps, self._seed = per_batch, batches, steps, seed
         self._budget_ms = budget_ms
-        self._options = {
+        self._options: dict[str, Any] = {
             "minimize": minimize,
             "step_size": step_size,
             "blur": blur,
