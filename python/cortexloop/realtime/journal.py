@@ -29,7 +29,19 @@ import filelock
 from cortexloop.realtime.durable import BINARY, JournalError, keep_aside, reason, sync_file, sync_folder, write_all
 from cortexloop.realtime.records import Record, Start, decode, encode
 
-__all__ = ["FORMAT", "JOURNAL", "LOCK", "MAGIC", "MAX_RECORD", "Journal", "JournalError", "Scan", "scan"]
+__all__ = [
+    "FORMAT",
+    "JOURNAL",
+    "LOCK",
+    "MAGIC",
+    "MAX_RECORD",
+    "Journal",
+    "JournalError",
+    "Scan",
+    "frame",
+    "good_records",
+    "scan",
+]
 
 MAGIC = b"rigj\r\n\x1a\x01"
 """With both kinds of line ends, so that a transfer as text shows."""
@@ -203,6 +215,25 @@ def scan(path: str | os.PathLike[str]) -> Scan:
         return Scan(path, reader.count, reader.good, reader.size - reader.good, reader.problem)
 
 
+def good_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Every good record of a file, wherever it is, also behind damage: for rescuing what a damaged journal holds.
+
+    Raises:
+        JournalError: the file cannot be read.
+    """
+    with _reading(Path(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        offset: int | None = len(MAGIC)
+        while offset is not None:
+            payload = _payload(file, offset, size)
+            if payload is None:
+                offset = _next_good(file, offset + 1, size)
+                continue
+            with contextlib.suppress(ValueError):
+                yield decode(payload)
+            offset += _HEADER.size + len(payload)
+
+
 class Journal:
     """The journal of one session, open for appending; one process at a time. Made by `create` or `open`.
 
@@ -323,7 +354,7 @@ class Journal:
             sync_file(self._fd)
         except BaseException as error:
             self._refusal = f"{str(self.path)!r} failed before and takes no more records; restart when the disk is well"
-            self._pending.clear()
+            self._pending = bytearray()
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._synced)
                 sync_file(self._fd)
@@ -331,7 +362,7 @@ class Journal:
                 raise JournalError(f"{str(self.path)!r} cannot be written: {reason(error)}") from error
             raise
         self._synced += len(self._pending)
-        self._pending.clear()
+        self._pending = bytearray()
         return (time.perf_counter() - begun) * 1e3
 
     def close(self) -> None:
