@@ -22,8 +22,12 @@ Text = Annotated[str, Meta(max_length=4000)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 MAX_ITEMS = 100_000
 Count = Annotated[int, Meta(ge=0, le=MAX_ITEMS)]
-Number = int | float
-Window = tuple[float, float]
+Integer = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+"""Whole numbers that fit into 64 bits, and so do their differences."""
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+"""Bounds that NaN and infinity, which msgpack can carry, do not satisfy."""
+Number = Integer | Finite
+Window = tuple[Finite, Finite]
 """Milliseconds from stimulus onset, beginning and end."""
 
 Outcome = Literal["ok", "no_fix", "abort", "late_flip", "not_shown"]
@@ -53,7 +57,7 @@ class ClockRequest(_Message, frozen=True, kw_only=True, tag="clock"):
     """Ask for the server's time; four or eight of these in a row make a `ClockReport`."""
 
     id: Id
-    t1_ns: int
+    t1_ns: Integer
     """The client's monotonic time when it sent this."""
 
 
@@ -63,7 +67,7 @@ class ClockReport(_Message, frozen=True, kw_only=True, tag="clock_report"):
     id: Id
     clock: Name
     """Name of the client's clock, as in `Event.clock`."""
-    exchanges: Annotated[list[tuple[int, int, int, int]], Meta(min_length=1, max_length=1000)]
+    exchanges: Annotated[list[tuple[Integer, Integer, Integer, Integer]], Meta(min_length=1, max_length=1000)]
     """(t1, t2, t3, t4) in nanoseconds: sent, received, answered, arrived; t1 and t4 by the client's clock."""
 
 
@@ -97,7 +101,7 @@ class Event(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     t_on: Number | None = None
     t_off: Number | None = None
     clock: Name | None = None
-    frame: int | None = None
+    frame: Integer | None = None
     missed: Count = 0
     diode: Number | None = None
     ttl: Number | None = None

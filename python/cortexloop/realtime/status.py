@@ -7,7 +7,8 @@ import platform
 import shutil
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -38,17 +39,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+@dataclass(eq=False)
+class Client:
+    """Whoever said hello, and when it was last heard by the session's monotonic clock."""
+
+    name: str
+    roles: list[Literal["display", "acquisition", "viewer"]]
+    heard_ns: int
+    lost: bool = False
+
+
 def report(session: Session, id: str) -> m.StatusReply:
     """The answer to a `StatusRequest`."""
-    now = session.now_ns()
-    state = session.state
-    text = {
-        "fault": session.fault or "",
-        "paused": session.why_paused() if state == "paused" else "",
-        "finished": "every stream has shown and learned all it had" if not session.stopped else "stopped",
-    }.get(state, "")
-    stale = session.settings.stale_after_s
-    uncertainty = latest_uncertainty_ns(session.clocks.values(), now)
+    now, known = session.now_ns(), session.known
+    uncertainty = latest_uncertainty_ns(known.clocks.values(), now)
     try:
         free: int | None = shutil.disk_usage(session.folder).free
     except OSError:
@@ -56,38 +60,34 @@ def report(session: Session, id: str) -> m.StatusReply:
     return m.StatusReply(
         id=id,
         session=session.settings.session,
-        state=state,
-        text=text,
+        state=known.state,
+        text=known.text,
         streams=[
             m.StreamStatus(
                 name=stream.name,
-                generation=sum(x.learned for x in stream.rounds),
-                best=stream.best,
+                generation=len(stream.rounds) - len(stream.proposals),
+                best=stream.best[0][0] if stream.best else None,
                 mean=stream.mean,
                 finished=stream.finished,
-                ready=any(not batch.served for x in stream.open for batch in x.batches),
+                ready=any(not batch.served for current in stream.open for batch in current.batches),
             )
-            for stream in session.streams.values()
+            for stream in known.streams.values()
         ],
-        reference_mean=session.reference_mean,
-        open_batches=[
-            b.made.batch_id
-            for b in session.batches
-            if b.made.batch_kind != "filler" and not b.closed and not b.complete
-        ],
-        batches=len(session.batches),
-        told=session.counts["told"],
-        deadline_misses=session.counts["deadline_misses"],
-        reshown=session.counts["reshown"],
-        late=session.counts["late"],
-        gaps=session.counts["gaps"],
+        reference_mean=known.reference_mean,
+        open_batches=[batch.made.batch_id for batch in known.open_batches()],
+        batches=len(known.batches),
+        told=known.counts["told"],
+        deadline_misses=known.counts["deadline_misses"],
+        reshown=known.counts["reshown"],
+        late=known.counts["late"],
+        gaps=known.counts["gaps"],
         clock_uncertainty_us=None if uncertainty is None else uncertainty / 1e3,
         links=[
             m.Link(
                 client=client.name,
-                roles=client.roles,
+                roles=list(client.roles),
                 last_heard_s=(now - client.heard_ns) / 1e9,
-                stale=(now - client.heard_ns) / 1e9 >= stale,
+                stale=(now - client.heard_ns) / 1e9 >= session.settings.stale_after_s,
             )
             for client in session.clients.values()
         ],
