@@ -168,6 +168,29 @@ def small(generations, seed=0):
     return example(generations=generations, population=10, references=3, seed=seed)
 
 
+def learning(session):
+    """The same, and what its source will be told."""
+    learned = []
+    source = session[1]["evolution"]
+    learn = source.learn
+
+    def note(scores, responses):
+        learned.append(scores)
+        learn(scores, responses)
+
+    source.learn = note
+    return session, learned
+
+
+def assert_learned(learned, found):
+    """The source learned what the rig counted."""
+    assert len(learned) == len(found.generations)
+    for scores, row in zip(learned, found.generations, strict=True):
+        assert np.isfinite(scores).sum() == row.images
+        assert np.nanmean(scores) == pytest.approx(row.mean, rel=1e-6)
+        assert np.nanmax(scores) == pytest.approx(row.best, rel=1e-6)
+
+
 def resumed(folder, session):
     """The session again, from its journal: every digest of its sources is compared on the way."""
     settings, sources, references = session
@@ -181,8 +204,10 @@ def resumed(folder, session):
 def test_a_good_day(tmp_path, bank):
     rows = []
     neurons = Neurons(bank)
-    found = simulate(tmp_path / "s", *small(3), neurons, QUICK, seed=1, on_generation=rows.append)
+    session, learned = learning(small(3))
+    found = simulate(tmp_path / "s", *session, neurons, QUICK, seed=1, on_generation=rows.append)
     assert found.ok
+    assert_learned(learned, found)
     assert (found.lost, found.wrong, found.unsure, found.packets_lost, found.resent) == (0, 0, 0, 0, 0)
     assert [(row.stream, row.generation, row.images) for row in rows] == [("evolution", g, 10) for g in range(3)]
     assert rows == found.generations
@@ -200,7 +225,9 @@ def test_a_good_day(tmp_path, bank):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_bad_day_loses_nothing(tmp_path, bank, seed):
-    found = simulate(tmp_path / "s", *small(6), Neurons(bank), WORSE, seed=seed)
+    session, learned = learning(small(6))
+    found = simulate(tmp_path / "s", *session, Neurons(bank), WORSE, seed=seed)
+    assert_learned(learned, found)
     assert found.lost == 0
     assert found.wrong == 0
     assert found.status.state == "finished"
