@@ -103,8 +103,8 @@ def changed_tell(**changes):
             for i, r in enumerate(records)]),
         ("presentations", "onsets", replaced(0, ShownEvents, onsets=[])),
         ("times", "before the record before it", replaced(2, BatchMade, mono_ns=0)),
-        ("images", "missing", lambda records: [msgspec.structs.replace(records[0], references=["ab" * 32]), *records[1:]]),
-        ("images", "of shape", lambda records: [msgspec.structs.replace(records[0], image_shape=(9, 9, 3)), *records[1:]]),
+        ("images", "missing", replaced(0, Start, references=["ab" * 32])),
+        ("images", "of shape", replaced(0, Start, image_shape=(9, 9, 3))),
     ],
 )  # fmt: skip
 def test_records_that_do_not_fit_together(session, check, words, change):
@@ -148,7 +148,7 @@ def test_images_that_are_damaged_or_gone(session):
     (folder / PIXELS).write_bytes(data)
     assert any("damaged" in problem for problem in verify(folder)["images"].problems)
     (folder / PIXELS).write_bytes(data[:2000])
-    assert verify(folder)["images"].wrong > 5
+    assert verify(folder)["images"].wrong == 5
     (folder / PIXELS).unlink()
     assert any("no images" in problem for problem in verify(folder)["images"].problems)
     (folder / PIXELS).write_bytes(b"something else")
