@@ -19,7 +19,7 @@ from cortexloop.realtime.records import BatchMade, Told
 from cortexloop.rig import export as exporting
 from cortexloop.rig.export import CsvTables, export, exporters, register
 from cortexloop.rig.history import History, Recording
-from cortexloop.rig.tables import tables
+from cortexloop.rig.session_tables import tables
 from cortexloop.rig.timeline import summaries, timeline
 from session_files import IMAGES, REFERENCES, SHAPE, UNITS, response, write_session
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from cortexloop.io import atomic_path
 from cortexloop.rig.history import Recording
-from cortexloop.rig.tables import Kind, Table, tables
+from cortexloop.rig.session_tables import Kind, Table, tables
 
 __all__ = ["Exporter", "export", "exporters", "register"]
 
