@@ -13,10 +13,10 @@ from cortexloop.evolve import OPTIMISERS, Generator, Placement, make_optimiser, 
 from cortexloop.evolve.generators.base import CODE_RMS
 from cortexloop.features import FeatureSource
 from cortexloop.realtime.clock import Clock, SystemClock
-from cortexloop.realtime.guide import Guide, Rows
 from cortexloop.realtime.refit import Double, Refit
-from cortexloop.realtime.source import Images, Proposal
+from cortexloop.realtime.source import Images, Proposal, sha256
 from cortexloop.realtime.sources import common
+from cortexloop.realtime.sources.guide import Guide, Rows
 
 Policy = Literal["model", "disagreement", "evolution"]
 Codes = NDArray[np.float32]
@@ -51,7 +51,7 @@ class ModelGuided:
         per_batch: images per proposal.
         policy: see above.
         budget_ms: time for a proposal. It ends before a chunk (or a generation in silico) that would exceed it by the
-            time that the slowest took, but not before the first.
+            time that the slowest of the last few took, but not before the first.
         explore: share of images from new codes, 0..1, exact over generations.
         seed: of all codes.
         chunk: images evaluated together.
@@ -132,7 +132,7 @@ class ModelGuided:
         # The best codes that were shown, best first, and their scores (negative if low ones are wanted).
         self._best: Codes = np.empty((0, generator.dim), dtype=np.float32)
         self._best_scores: Double = np.empty(0)
-        self._slowest_ms = 0.0
+        self._pace = common.Pace()
 
     def settings(self) -> dict[str, Any]:
         """See `Source`."""
@@ -198,7 +198,7 @@ class ModelGuided:
 
     def digest(self) -> str:
         """See `Source`."""
-        return common.sha256(self._ledger.digest(), self.guide.digest())
+        return sha256(self._ledger.digest(), self.guide.digest())
 
     # ------------------------------------------------------------------------------------ choosing
 
@@ -266,14 +266,14 @@ class ModelGuided:
         """The best of a pool that grows while there is time."""
         kept, keys = self._new(self._rng(0), 0), np.empty(0)
         evaluated = 0
-        while len(kept) < count or (evaluated < self._most and budget.allows(self._slowest_ms)):
+        while len(kept) < count or (evaluated < self._most and budget.allows(self._pace.slowest_ms)):
             begin = budget.spent_ms()
             codes = self._pool(self._rng(1 + evaluated // self.guide.chunk), self.guide.chunk)
             kept, keys = np.concatenate([kept, codes]), np.concatenate([keys, self._keys(self._rows(codes))])
             best = np.argsort(-keys, kind="stable")[:count]
             kept, keys = kept[best], keys[best]
             evaluated += len(codes)
-            self._slowest_ms = max(self._slowest_ms, budget.spent_ms() - begin)
+            self._pace.note(budget.spent_ms() - begin)
         return _Found(kept, evaluated, 0)
 
     def _evolved(self, budget: common.Budget, count: int) -> _Found:
@@ -288,16 +288,14 @@ class ModelGuided:
             first_generation=start,
         )
         evaluated = generations = 0
-        while generations == 0 or (evaluated < self._most and budget.allows(self._slowest_ms)):
+        while generations == 0 or (evaluated < self._most and budget.allows(self._pace.slowest_ms)):
             begin = budget.spent_ms()
             codes = optimiser.ask().numpy()
             keys = self._keys(self._rows(codes.reshape(-1, codes.shape[2]))).reshape(codes.shape[:2])
             optimiser.tell(np.where(np.isfinite(keys), keys, np.nan))
             evaluated += keys.size
             generations += 1
-            self._slowest_ms = max(self._slowest_ms, budget.spent_ms() - begin)
+            self._pace.note(budget.spent_ms() - begin)
         best = optimiser.best.codes.numpy()
         # A problem of which nothing could be ranked has no best code; its first one is as good as any.
         return _Found(np.where(np.isnan(best), start[:, 0], best), evaluated, generations)
-
-

@@ -31,7 +31,7 @@ class SynthesisSource:
     Args:
         bank: M models.
         per_batch: images per proposal.
-        batches: proposals in all.
+        batches: proposals in all; None: without end.
         steps: of gradient ascent; with a budget the most.
         budget_ms: time to make the images of a proposal; None: as long as it takes.
         seed: of the noise.
@@ -48,7 +48,7 @@ class SynthesisSource:
         bank: ModelBank,
         *,
         per_batch: int,
-        batches: int,
+        batches: int | None = None,
         steps: int = 100,
         budget_ms: float | None = None,
         seed: int = 0,
@@ -73,7 +73,7 @@ class SynthesisSource:
         self._bank, self._sha = bank, common.bank_digest(bank)
         self._per_batch, self._batches, self._steps, self._seed = per_batch, batches, steps, seed
         self._budget_ms = budget_ms
-        self._options = {
+        self._options: dict[str, Any] = {
             "minimize": minimize,
             "step_size": step_size,
             "blur": blur,
@@ -108,7 +108,9 @@ class SynthesisSource:
         first = self._ledger.proposed * self._per_batch
         if self._ledger.proposed == self._batches:
             return None
-        which = [(i % len(self._bank), self._seed + i // len(self._bank)) for i in range(first, first + self._per_batch)]
+        which = [
+            (i % len(self._bank), self._seed + i // len(self._bank)) for i in range(first, first + self._per_batch)
+        ]
         if decision is None:
             decision = {"steps": self._affordable(which)}
         steps = decision.get("steps") if isinstance(decision, dict) else None
