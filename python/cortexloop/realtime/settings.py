@@ -33,7 +33,7 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     session: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._\-]+$")]
     streams: Annotated[list[StreamSettings], Meta(min_length=1)]
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     repeats: Annotated[int, Meta(ge=1, le=100)] = 1
     reference_repeats: Annotated[int, Meta(ge=1, le=100)] = 1
     within_ms: Annotated[float, Meta(ge=0, le=600_000)] = 150.0
