@@ -118,4 +118,4 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, command):
 def test_an_unknown_format(session, tmp_path):
     code, _, err = cortexloop("rig", "export", session[0], "--to", "nwb", "--out", tmp_path / "out")
     assert code == 2
-    assert "csv, parquet, xdream" in err
+    assert "csv, images, parquet, xdream" in err

@@ -34,7 +34,7 @@ def opened(folder: Path) -> list:
     """The records of a journal, without changing more than opening does."""
     journal, records = Journal.open(folder)
     journal.close()
-    return records
+    return list(records)
 
 
 def test_every_kind_of_record_comes_back(tmp_path):
@@ -46,6 +46,23 @@ def test_every_kind_of_record_comes_back(tmp_path):
     assert opened(tmp_path / "session") == records
     assert list(good_records(found.path)) == records
     assert {type(record).__name__ for record in records} >= {"Start", "BatchMade", "Told", "Update", "ClockMapping"}
+
+
+def test_records_stay_in_the_file_until_they_are_asked_for(tmp_path):
+    journal_records = write_session(tmp_path / "session")
+    journal, records = Journal.open(tmp_path / "session")
+    with journal:
+        journal.append(note(1))
+        journal.sync()
+        assert len(records) == len(journal_records)
+        assert (records[0], records[-1], records[3]) == (journal_records[0], journal_records[-1], journal_records[3])
+        assert (len(records[1:]), list(records[1:])) == (len(journal_records) - 1, journal_records[1:])
+        with pytest.raises(IndexError):
+            records[len(records)]
+    (tmp_path / "session" / JOURNAL).write_bytes(MAGIC + bytes(10_000))
+    for use in (lambda: list(records), lambda: records[2]):
+        with pytest.raises(JournalError, match="changed"):
+            use()
 
 
 def test_the_layout_is_the_documented_one(tmp_path):
@@ -375,6 +392,10 @@ def test_memory_stays_flat(tmp_path):
             found = scan(tmp_path)
             assert sum(1 for _ in found.records()) == 81
             assert sum(1 for _ in good_records(found.path)) == 81
+            journal.close()
+            again, records = Journal.open(tmp_path)
+            assert sum(1 for _ in records[1:]) == 80
+            again.close()
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -19,7 +19,7 @@ from cortexloop.realtime.records import BatchMade, Told
 from cortexloop.rig import export as exporting
 from cortexloop.rig.export import CsvTables, export, exporters, register
 from cortexloop.rig.history import History, Recording
-from cortexloop.rig.tables import tables
+from cortexloop.rig.session_tables import tables
 from cortexloop.rig.timeline import summaries, timeline
 from session_files import IMAGES, REFERENCES, SHAPE, UNITS, response, write_session
 
@@ -136,6 +136,15 @@ def test_a_clock_of_large_integers_keeps_every_digit(session, tmp_path):
     assert next(row[column] for row in table.rows() if row[column]) == 1_700_000_000_123_456_789
 
 
+def test_every_image_once(recording, tmp_path):
+    files = export(recording, "images", tmp_path)
+    assert sorted(path.name for path in files) == sorted(f"{sha[:16]}.png" for sha in recording.pixels.shas())
+    assert len(files) == REFERENCES + GENERATIONS * IMAGES
+    for sha in recording.pixels.shas():
+        with Image.open(tmp_path / "images" / f"{sha[:16]}.png") as image:
+            assert np.array_equal(np.asarray(image), recording.pixels.get(sha))
+
+
 def read_as_xdream(path):
     """Names and responses, by the rules that XDREAM's readers follow."""
     with h5py.File(path, "r") as file:
@@ -233,7 +242,7 @@ def test_formats_of_ones_own(recording, tmp_path, monkeypatch):
     assert (tmp_path / "count.txt").read_text() == "19"
     with pytest.raises(ValueError, match="already"):
         register(CsvTables())
-    with pytest.raises(ValueError, match="should be one of count, csv, parquet, xdream, got 'nwb'"):
+    with pytest.raises(ValueError, match="should be one of count, csv, images, parquet, xdream, got 'nwb'"):
         export(recording, "nwb", tmp_path)
 
 

@@ -17,10 +17,11 @@ from typing import IO, Any, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from cortexloop.io import atomic_path
 from cortexloop.rig.history import Recording
-from cortexloop.rig.tables import Kind, Table, tables
+from cortexloop.rig.session_tables import Kind, Table, tables
 
 __all__ = ["Exporter", "export", "exporters", "register"]
 
@@ -153,6 +154,32 @@ def _as_real(column: tuple[Any, ...]) -> list[float | None]:
     return [None if value is None else float(value) for value in column]
 
 
+class Pictures:
+    """Every image once, named by the beginning of its checksum, as the tables have it."""
+
+    name, about = "images", "every image as images/<first 16 digits of its sha>.png"
+
+    def write(self, recording: Recording, out: Path) -> list[Path]:
+        """See `Exporter`."""
+        if recording.pixels is None:
+            return []
+        folder = out / "images"
+        folder.mkdir(exist_ok=True)
+        written = []
+        for sha in recording.pixels.shas():
+            written.append(folder / f"{sha[:16]}.png")
+            write_png(written[-1], recording.pixels.get(sha))
+        return written
+
+
+def write_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write one image [H, W, 3]."""
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", compress_level=1)
+
+
 def write_session(recording: Recording, out: Path) -> Path:
     """Write session.json: the first record, with settings, sources and environment."""
     path = out / "session.json"
@@ -200,3 +227,4 @@ def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tu
 
 register(CsvTables())
 register(ParquetTables())
+register(Pictures())

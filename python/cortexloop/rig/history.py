@@ -153,6 +153,8 @@ class History:
             rows = len(record.header.item_ids)
             tags = np.stack([np.full(rows, len(self.tells), np.float64), np.arange(rows, dtype=np.float64)], axis=1)
             batch.state.take(record.header, tags)
+            if batch.made.batch_kind == "filler" and batch.state.complete:
+                batch.state.closed = True
         self.tells.append(record)
 
     def _add_update(self, record: Update) -> None:

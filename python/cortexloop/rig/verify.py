@@ -39,13 +39,15 @@ class Check:
         looked: how many of them.
         wrong: how many are not as they should be.
         problems: the first of these, one sentence each.
-        notes: what is in order, but worth knowing.
+        noted: how many are in order, but worth knowing.
+        notes: the first of these.
     """
 
     name: str
     looked: int = 0
     wrong: int = 0
     problems: list[str] = field(default_factory=list)
+    noted: int = 0
     notes: list[str] = field(default_factory=list)
 
     def fail(self, text: str) -> None:
@@ -53,6 +55,12 @@ class Check:
         self.wrong += 1
         if len(self.problems) < _LISTED:
             self.problems.append(text)
+
+    def note(self, text: str) -> None:
+        """Count something worth knowing."""
+        self.noted += 1
+        if len(self.notes) < _LISTED:
+            self.notes.append(text)
 
 
 @dataclass
@@ -86,13 +94,13 @@ def verify(path: str | os.PathLike[str]) -> Verified:
     if checked.problem is not None:
         journal.fail(checked.problem)
     elif checked.torn_bytes:
-        journal.notes.append(
+        journal.note(
             f"{checked.torn_bytes} bytes of an unfinished record at the end: the session is being written, or its "
             "process was killed; they are cut off when it is resumed"
         )
     kept = sorted(file.parent.glob("*.torn-*"))
     if kept:
-        journal.notes.append(f"cut off earlier and kept: {', '.join(p.name for p in kept)}")
+        journal.note(f"cut off earlier and kept: {', '.join(p.name for p in kept)}")
     records = _Records(found)
     try:
         for record in checked.records():
@@ -142,6 +150,9 @@ class _Records:
                 self._report("clocks", f"estimate {record.id!r} of clock {record.clock!r}", self._clock(record))
             case Control():
                 self._control(record)
+            case Opened():
+                if len(self.history.opened) > len(self.history.closed):
+                    self.found["journal"].note("a process ended without closing the session, which was resumed then")
             case _:
                 pass
         self.history.add(record)
@@ -162,7 +173,7 @@ class _Records:
             check.fail(f"record {check.looked} ({type(record).__name__}) is {back:.3f} ms before the record before it")
         if record.wall_ns < self._wall:
             back = (self._wall - record.wall_ns) / 1e6
-            check.notes.append(f"the computer's calendar clock stepped back by {back:.3f} ms at record {check.looked}")
+            check.note(f"the computer's calendar clock stepped back by {back:.3f} ms at record {check.looked}")
         self._mono, self._wall = record.mono_ns, record.wall_ns
 
     def _once(self, id: str | None, what: str) -> Iterator[str]:
@@ -210,12 +221,12 @@ class _Records:
         unknown = [e.pres_id for e in record.events if e.pres_id not in self.history.batch_of_presentation]
         if unknown:
             yield f"is about {len(unknown)} presentations that no batch has, {unknown[0]!r} first"
-        notes = self.found["presentations"].notes
+        check = self.found["presentations"]
         for event in record.events:
             if event.clock is None or event.t_on is None:
                 continue
             if event.t_on < self._onsets.get(event.clock, event.t_on):
-                notes.append(f"clock {event.clock!r} went back at presentation {event.pres_id!r}, or it began anew")
+                check.note(f"clock {event.clock!r} went back at presentation {event.pres_id!r}, or it began anew")
             self._onsets[event.clock] = event.t_on
 
     def _told(self, record: Told) -> Iterator[str]:
@@ -226,9 +237,7 @@ class _Records:
             yield f"is about batch {header.batch_id!r}, which was never made"
             return
         if batch.served is None:
-            self.found["tells"].notes.append(
-                f"tell {header.id!r} is about batch {header.batch_id!r} before it was served"
-            )
+            self.found["tells"].note(f"tell {header.id!r} is about batch {header.batch_id!r} before it was served")
         problems = row_problems(record, batch)
         yield from problems
         if problems:
@@ -266,7 +275,7 @@ class _Records:
         for problem in self._once(record.id, f"{record.what} {record.id!r}"):
             self.found["tells"].fail(f"{record.what} {record.id!r} {problem}")
         if record.what in ("fault", "stalled"):
-            self.found["journal"].notes.append(f"{record.what}: {record.text}")
+            self.found["journal"].note(f"{record.what}: {record.text}")
 
 
 def _check_pixels(found: Verified, folder: Path, records: _Records) -> None:
@@ -288,7 +297,7 @@ def _check_pixels(found: Verified, folder: Path, records: _Records) -> None:
         if pixels.damaged_bytes:
             check.fail(f"{pixels.damaged_bytes} bytes between images are damaged")
         if pixels.torn_bytes:
-            check.notes.append(f"{pixels.torn_bytes} bytes of an unfinished image at the end")
+            check.note(f"{pixels.torn_bytes} bytes of an unfinished image at the end")
 
 
 def _check_each(check: Check, pixels: PixelStore, named: dict[str, str]) -> None:
@@ -301,7 +310,7 @@ def _check_each(check: Check, pixels: PixelStore, named: dict[str, str]) -> None
         check.fail(f"image {sha[:16]} is missing, which {named[sha]} has")
     unnamed = len(there - set(named))
     if unnamed:
-        check.notes.append(f"{unnamed} images that no batch has: made, and then the process ended")
+        check.note(f"{unnamed} images that no batch has: made, and then the process ended")
 
 
 def _problem(pixels: PixelStore, sha: str) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cortexloop.io import atomic_path
-from cortexloop.rig.export import register, write_codes, write_session
+from cortexloop.rig.export import register, write_codes, write_png, write_session
 from cortexloop.rig.history import BatchHistory, History, Recording
 
 __all__ = ["XdreamFiles", "image_name", "write_mat"]
@@ -41,15 +41,21 @@ class XdreamFiles:
         for batch in recording.history.batches.values():
             written += _write_images(recording, batch, out)
             block = f"block{batch.state.number:03d}"
-            names, positions, responses = rows(recording.history, batch, units)
+            names, responses = rows(recording.history, batch, units)
             if not names:
                 continue
+            in_order = {name: i for i, name in enumerate(sorted(image_names(batch)))}
             with atomic_path(out / f"{block}.mat") as temporary:
                 write_mat(temporary, names, responses, units)
             with atomic_path(out / f"{block}.h5") as temporary:
-                _write_h5(temporary, positions, responses, units)
+                _write_h5(temporary, [in_order[name] for name in names], responses, units)
             written += [out / f"{block}.mat", out / f"{block}.h5"]
         return [*written, write_session(recording, out), *write_codes(recording, out)]
+
+
+def image_names(batch: BatchHistory) -> list[str]:
+    """Names of the image files of a batch, in the order of its items."""
+    return [image_name(batch.state.number, i, item.item_id) for i, item in enumerate(batch.made.items)]
 
 
 def all_units(history: History) -> list[str]:
@@ -57,17 +63,15 @@ def all_units(history: History) -> list[str]:
     return list(dict.fromkeys(unit for told in history.tells for unit in told.header.units))
 
 
-def rows(
-    history: History, batch: BatchHistory, units: Sequence[str]
-) -> tuple[list[str], NDArray[np.int64], NDArray[np.float64]]:
+def rows(history: History, batch: BatchHistory, units: Sequence[str]) -> tuple[list[str], NDArray[np.float64]]:
     """The responses of a batch that count, one row for each presentation.
 
     Returns:
-        File names of the images, positions of the images in the batch, responses [rows, units] with NaN for units that
-        were not told.
+        File names of the images, responses [rows, units] with NaN for units that were not told.
     """
     column = {unit: i for i, unit in enumerate(units)}
-    names, positions, found = [], [], []
+    every = image_names(batch)
+    names, found = [], []
     for pres, index in zip(batch.made.pres_ids, batch.made.order, strict=True):
         tag = batch.state.told.get(pres)
         if tag is None:
@@ -75,23 +79,19 @@ def rows(
         told = history.tells[int(tag[0])]
         values = np.full(len(units), np.nan)
         values[[column[unit] for unit in told.header.units]] = told.responses.numpy()[int(tag[1])]
-        names.append(image_name(batch.state.number, index, batch.made.items[index].item_id))
-        positions.append(index)
+        names.append(every[index])
         found.append(values)
-    return names, np.array(positions, np.int64), np.array(found).reshape(len(found), len(units))
+    return names, np.array(found).reshape(len(found), len(units))
 
 
 def _write_images(recording: Recording, batch: BatchHistory, out: Path) -> list[Path]:
-    from PIL import Image
-
     if recording.pixels is None:
         return []
     written = []
-    for position, (item, sha) in enumerate(zip(batch.made.items, batch.made.shas, strict=False)):
+    for name, sha in zip(image_names(batch), batch.made.shas, strict=False):
         if recording.pixels.has(sha):
-            path = out / image_name(batch.state.number, position, item.item_id)
-            with atomic_path(path) as temporary:
-                Image.fromarray(recording.pixels.get(sha)).save(temporary, "PNG", compress_level=1)
+            path = out / name
+            write_png(path, recording.pixels.get(sha))
             written.append(path)
     return written
 
@@ -133,13 +133,12 @@ def _write_cell(file: Any, group: Any, name: str, texts: Sequence[str]) -> None:
     file.create_dataset(name, data=references, dtype=h5py.ref_dtype).attrs["MATLAB_class"] = np.bytes_("cell")
 
 
-def _write_h5(path: Path, positions: NDArray[np.int64], responses: NDArray[np.float64], units: Sequence[str]) -> None:
-    """Positions in the batch are indices into the sorted names, because the names begin with them."""
+def _write_h5(path: Path, indices: Sequence[int], responses: NDArray[np.float64], units: Sequence[str]) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
         file["scores"] = responses
-        file["indices"] = positions
+        file["indices"] = np.array(indices, np.int64)
         file["units"] = np.array([unit.encode() for unit in units], np.bytes_)
 
 

@@ -55,6 +55,8 @@ def verify(folder: Folder, json: Json = False) -> None:
                 console.print(f"[red]{c.name}:[/] and {c.wrong - len(c.problems)} more")
             for text in c.notes:
                 console.print(f"[yellow]{c.name}:[/] {escape(text)}", soft_wrap=True)
+            if c.noted > len(c.notes):
+                console.print(f"[yellow]{c.name}:[/] and {c.noted - len(c.notes)} more")
     if not found.sound:
         raise typer.Exit(1)
 
@@ -98,7 +100,7 @@ def recover(folder: Folder) -> None:
 @telling_interruptions()
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option("--to", help="csv, parquet or xdream.")] = "csv",
+    to: Annotated[str, typer.Option("--to", help="csv, parquet, images or xdream.")] = "csv",
     out: Annotated[Path, typer.Option("--out", help="Folder for the files; made if missing.")] = Path("export"),
     json: Json = False,
 ) -> None:
