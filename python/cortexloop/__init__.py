@@ -5,8 +5,8 @@
     scores = cl.responses(images, bank)                        # uint8 [B, H, W, 3] -> float32 [B, N]
     uphill = cl.input_gradient(images, bank, np.ones_like(scores))
 
-Submodules `attribution`, `evolve`, `factor`, `features`, `io`, `metrics`, `models`, `readouts`, `realtime`, `regression`,
-`rig`, `screening`, `synthesis` and `testing` are imported when first used.
+Submodules `attribution`, `evolve`, `factor`, `features`, `io`, `metrics`, `models`, `readouts`, `regression`, `rig`,
+`screening`, `synthesis` and `testing` are imported when first used.
 """
 
 from __future__ import annotations
