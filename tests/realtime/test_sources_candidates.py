@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from source_replay import Learned, TickingClock, check_resume_anywhere, replay, rounds_of, run
 
 import cortexloop as cl
@@ -21,6 +23,15 @@ from cortexloop.realtime.sources.candidates import CandidateSource
 from cortexloop.realtime.sources.common import images_digest
 
 Make = Callable[..., CandidateSource]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These problems are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -37,8 +48,14 @@ def make(small_bank: cl.ModelBank, images: Images) -> Make:
     """A source with all the time there is."""
 
     def made(**options: Any) -> CandidateSource:
-        given = {"images": images, "bank": small_bank, "per_batch": 5, "chunk": 8, "clock": ManualClock(), **options}
-        return CandidateSource(given.pop("images"), given.pop("bank"), **given)
+        all_options = {
+            "images": images,
+            "bank": small_bank,
+            "per_batch": 5,
+            "chunk": 8,
+            "clock": ManualClock(),
+        } | options
+        return CandidateSource(all_options.pop("images"), all_options.pop("bank"), **all_options)
 
     return made
 
@@ -120,6 +137,28 @@ def test_replay_is_exact_wherever_the_budget_ends(ms: float, options: Any, make:
     source = again()
     source.guide.rows = None  # type: ignore[assignment]  # nothing is evaluated
     replay(source, events)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ms=st.floats(0, 200),
+    per_batch=st.integers(1, 12),
+    chunk=st.integers(1, 40),
+    explore=st.floats(0, 1),
+    policy=st.sampled_from(["best", "worst", "disagreement", "random"]),
+    refit=st.sampled_from([None, Refit(after=5), Refit(after=20, validation="running")]),
+    max_open=st.integers(1, 4),
+    missing=st.integers(0, 3),
+)
+def test_any_run_shows_all_once_and_is_replayed(
+    ms: float, missing: int, make: Make, neuron: Any, **options: Any
+) -> None:
+    def again() -> CandidateSource:
+        return make(budget_ms=100.0, clock=TickingClock(ms), **options)
+
+    events = run(again(), neuron, 99, missing=missing)
+    assert sorted(all_chosen(events)) == list(range(37))
+    replay(again(), events)
 
 
 @pytest.mark.parametrize("options", [{}, {"refit": Refit(after=8), "explore": 0.25}, {"policy": "random"}])

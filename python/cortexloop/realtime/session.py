@@ -445,7 +445,7 @@ class Session:
         try:
             self._collect()
             self._watch_links()
-        except JournalError as error:
+        except (JournalError, ResumeError) as error:
             self.known.fault = str(error)
         replies = []
         now = self.now_ns()

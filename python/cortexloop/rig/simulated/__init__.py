@@ -10,6 +10,6 @@ from cortexloop.rig.simulated.days import DAYS, Day
 from cortexloop.rig.simulated.neurons import Neurons, textbook_neurons
 from cortexloop.rig.simulated.report import DayReport
 from cortexloop.rig.simulated.rig import SimulatedRig
-from cortexloop.rig.simulated.session import simulate
+from cortexloop.rig.simulated.session import example, simulate
 
-__all__ = ["DAYS", "Day", "DayReport", "Neurons", "SimulatedRig", "simulate", "textbook_neurons"]
+__all__ = ["DAYS", "Day", "DayReport", "Neurons", "SimulatedRig", "example", "simulate", "textbook_neurons"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,10 @@ class Neurons:
     Args:
         bank: the models; their names are the units'.
         seed: of the latencies.
+        names: what the first units are called instead.
+
+    Raises:
+        ValueError: more names than models, or one twice.
     """
 
     baseline_hz = 4.0
@@ -35,9 +41,15 @@ class Neurons:
     adaptation = 0.2
     recovery_s = 0.5
 
-    def __init__(self, bank: ModelBank, seed: int = 0) -> None:
+    def __init__(self, bank: ModelBank, seed: int = 0, names: Sequence[str] = ()) -> None:
+        if len(names) > len(bank):
+            raise ValueError(
+                f"there are {len(bank)} simulated neurons, too few for the {len(names)} units {list(names)}"
+            )
         self.bank = bank
-        self.units = list(bank.names)
+        self.units = [*names, *bank.names[len(names) :]]
+        if len(set(self.units)) != len(self.units):
+            raise ValueError(f"units should have different names, got {self.units}")
         rng = np.random.default_rng([seed, 2])
         self.latency_ns = rng.uniform(45e6, 65e6, len(self.units)).astype(np.int64)
         self.gain = 1.0
@@ -73,6 +85,6 @@ class Neurons:
         return [rng.integers(from_ns, max(to_ns, from_ns + 1), count) for count in counts.tolist()]
 
 
-def textbook_neurons(seed: int = 0) -> Neurons:
+def textbook_neurons(seed: int = 0, names: Sequence[str] = ()) -> Neurons:
     """The nine textbook neurons."""
-    return Neurons(ModelBank(textbook_models()), seed)
+    return Neurons(ModelBank(textbook_models()), seed, names)

@@ -17,7 +17,7 @@ from cortexloop.rig.simulated.days import Day
 from cortexloop.rig.simulated.hardware import SAMPLE_RATE, Acquisition, Display
 from cortexloop.rig.simulated.neurons import Neurons
 from cortexloop.rig.simulated.report import Acknowledged, DayReport, GenerationRow, Scores
-from cortexloop.rig.simulated.world import Link, LostError, RigClock, World
+from cortexloop.rig.simulated.world import Line, RigClock, World
 
 T = TypeVar("T", bound=m.Reply)
 
@@ -38,7 +38,7 @@ class SimulatedRig:
     """One rig, display and acquisition in one program.
 
     Args:
-        link: to the session.
+        line: to the session.
         world: its time.
         neurons: that look at the display.
         day: timing and mishaps.
@@ -52,7 +52,7 @@ class SimulatedRig:
 
     def __init__(
         self,
-        link: Link,
+        line: Line,
         world: World,
         neurons: Neurons,
         day: Day,
@@ -69,7 +69,7 @@ class SimulatedRig:
         self.acknowledged: list[Acknowledged] = []
         self.light_ns: dict[tuple[str, float], int] = {}
         """When light came on, by presentation and flip time, for those that counted."""
-        self._link, self._world, self._neurons, self._day = link, world, neurons, day
+        self._line, self._world, self._neurons, self._day = line, world, neurons, day
         self._window, self._guard = window_ms, guard_ms
         self._name, self._on_generation = name, on_generation
         self._rng = np.random.default_rng([seed, 3])
@@ -165,8 +165,8 @@ class SimulatedRig:
         self.report.requests += 1
         for _ in range(_ATTEMPTS):
             try:
-                reply, raw = self._link.request(request, buffer)
-            except LostError:
+                reply, raw = self._line.request(request, buffer)
+            except TimeoutError:
                 self.report.resent += 1
                 continue
             self._last_word = self._world.now_ns()
@@ -184,7 +184,7 @@ class SimulatedRig:
         return reply
 
     def _greet(self) -> None:
-        self._link.connect(self._name)
+        self._line.connect(self._name)
         self._request(m.Hello(id=self._id(), client=self._name, roles=["display", "acquisition"]), m.Welcome)
 
     def _hello(self) -> None:

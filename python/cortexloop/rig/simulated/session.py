@@ -81,3 +81,19 @@ def simulate(
         report.repeated = world.repeated
     report.lost, report.onset_error_ms, report.steps_found = check_journal(folder, rig.acknowledged, rig.light_ns)
     return report
+
+
+def example(
+    unit: str = "curve_up", *, generations: int = 20, population: int = 24, references: int = 8, seed: int = 0
+) -> tuple[SessionSettings, dict[str, Source], Images]:
+    """Settings, sources and references of a small session: one evolution of 16 Gabor patches for one neuron."""
+    from cortexloop.evolve import GENERATORS, make_optimiser
+    from cortexloop.realtime.sources.evolution import EvolutionSource
+    from cortexloop.textbook import SIZE, procedural_images
+
+    generator = GENERATORS["gabor"](SIZE, SIZE, 16 * 11, seed=seed)
+    optimiser = make_optimiser("cholesky-cma", generator.dim, population=population, generations=generations, seed=seed)
+    stream = {"name": "evolution", "units": [unit]}
+    settings = msgspec.convert({"session": "simulated", "seed": seed, "streams": [stream]}, SessionSettings)
+    sources: dict[str, Source] = {"evolution": EvolutionSource(optimiser, generator, generations=generations)}
+    return settings, sources, procedural_images(references, seed=seed)

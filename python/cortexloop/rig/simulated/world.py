@@ -13,9 +13,15 @@ import numpy as np
 from cortexloop.realtime.clock import ManualClock
 from cortexloop.realtime.messages import Reply, Request
 from cortexloop.realtime.session import Outgoing, Session
+from cortexloop.rig.client import RigClient
+from cortexloop.rig.links import ClientLink, Link
+from cortexloop.rig.protocol import Bytes
 from cortexloop.rig.simulated.days import Day
 
 T = TypeVar("T")
+
+Answer = tuple[Reply, bytes | memoryview | None]
+"""A reply and its buffer."""
 
 
 class World(Protocol):
@@ -68,24 +74,42 @@ class RigClock:
         self.steps_ns += by_ns
 
 
-class LostError(Exception):
-    """A request or its reply got lost: nobody knows whether it took effect. The same may be sent again."""
-
-
-class Link(Protocol):
-    """What carries a rig's messages."""
+class Line(Link, Protocol):
+    """A link whose program may crash: `connect` begins anew, as another connection."""
 
     def connect(self, name: str) -> None:
-        """Begin anew, as another connection."""
+        """Be a client of this name from now on."""
         ...
 
-    def request(self, message: Request, buffer: bytes | None = None) -> tuple[Reply, bytes | memoryview | None]:
-        """Send a message and wait for its reply.
 
-        Raises:
-            LostError: none came.
-        """
-        ...
+class NetworkLine:
+    """A line to a server over the network, see `RigClient` for addresses.
+
+    Args:
+        address: "tcp://host:port" for ZeroMQ, "tcp-raw://host:port" for a plain TCP connection.
+        secret: the server's, if it has one.
+    """
+
+    def __init__(self, address: str, secret: str | None = None) -> None:
+        self._address, self._secret = address, secret
+        self._client: RigClient | None = None
+
+    def connect(self, name: str) -> None:
+        """See `Line`."""
+        self.close()
+        self._client = RigClient(self._address, name, secret=self._secret, heartbeat=None)
+
+    def request(self, request: Request, buffer: Bytes | None = None) -> Answer:
+        """See `cortexloop.rig.links.Link`."""
+        if self._client is None:
+            raise RuntimeError("connect first")
+        return ClientLink(self._client).request(request, buffer)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
 
 @dataclass(eq=False)
@@ -174,12 +198,13 @@ class SimulatedWorld:
             self._advance(min(t_ns, self._next_ns(now) or t_ns))
 
     def connect(self, name: str) -> None:
-        """See `Link`."""
+        """See `Line`."""
         self.client = name
         self._arrived.pop(name, None)
 
-    def request(self, message: Request, buffer: bytes | None = None) -> tuple[Reply, bytes | memoryview | None]:
-        """See `Link`."""
+    def request(self, request: Request, buffer: Bytes | None = None) -> Answer:
+        """See `cortexloop.rig.links.Link`."""
+        raw = None if buffer is None else bytes(buffer)
         self._travel()
         if self._rng.random() < self._day.lost_messages / 2:
             self._wait_in_vain()
@@ -188,8 +213,8 @@ class SimulatedWorld:
             self.repeated += 1
             self.session.handle(*late)
         if self._rng.random() < self._day.repeated_messages:
-            self._again.append((self.client, message, buffer))
-        reply = self.session.handle(self.client, message, buffer)
+            self._again.append((self.client, request, raw))
+        reply = self.session.handle(self.client, request, raw)
         while reply is None:
             now = self.now_ns()
             due = self._next_ns(now)
@@ -197,7 +222,7 @@ class SimulatedWorld:
                 raise RuntimeError("the session waits for nothing, and the rig for the session")
             self._advance(due)
             reply = self._arrived.pop(self.client, None)
-            if reply is not None and reply.message.id != message.id:
+            if reply is not None and reply.message.id != request.id:
                 reply = None  # to an earlier ask, which came once more
         if self._rng.random() < self._day.lost_messages / 2:
             self._wait_in_vain()
@@ -213,7 +238,7 @@ class SimulatedWorld:
 
     def _wait_in_vain(self) -> None:
         self.until(self.now_ns() + self._timeout_ns)
-        raise LostError
+        raise TimeoutError("a message got lost")
 
     def _next_ns(self, now: int) -> int | None:
         """When the session has something to do next; a little later than now at least."""
