@@ -6,9 +6,10 @@ Layout, little-endian: 8 bytes `MAGIC`, then one frame for each record:
     u32  CRC-32 of the length's four bytes and the payload
     ...  the payload: one record, msgpack (`cortexloop.realtime.records`)
 
-The first record is `Start`. Nothing is ever changed; the only thing that is ever cut off is a frame at the end that a
-crash left unfinished, and its bytes are kept in a file beside. A frame that is broken with a good one behind it was not
-left by a crash of the writer: such a journal is not opened before somebody has looked at it.
+The first record is `Start`. Nothing is ever changed; the only thing that is ever cut off is what a crash left
+unfinished at the end, and its bytes are kept in a file beside. A broken frame with good ones behind it is something
+else: no killed process leaves it, a bad disk does (or, on some file systems, a power cut amid several records that
+nobody was told of). Such a journal is not opened before somebody has looked at it.
 """
 
 from __future__ import annotations
