@@ -52,9 +52,7 @@ class Refit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """
         if self.after < 2:
             raise ValueError(f"a model can be used after 2 responses at the earliest, got after = {self.after}")
-        return RecursiveRidge(
-            width, alphas=self.alphas, validation=self.validation, standardize=self.standardize
-        )
+        return RecursiveRidge(width, alphas=self.alphas, validation=self.validation, standardize=self.standardize)
 
 
 @dataclass(frozen=True, eq=False)

@@ -257,7 +257,7 @@ class CandidateSource:
             raise common.foreign(f"it should choose 1 to {self._per_batch} candidates that were not shown before")
         explore = decision.get("explore")
         if type(explore) is not int or not 0 <= explore <= len(chosen):
-            raise common.foreign(f"\"explore\" should be one of 0..{len(chosen)}, got {explore!r}")
+            raise common.foreign(f'"explore" should be one of 0..{len(chosen)}, got {explore!r}')
         rows = None
         if self.guide.refit is not None:
             rows = common.unpacked(decision.get("rows"), (len(chosen), self.guide.width), "rows")

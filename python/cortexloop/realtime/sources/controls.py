@@ -253,9 +253,7 @@ def _neurons(model: FactorModel, chosen: Sequence[int] | None) -> list[int]:
     return found
 
 
-def _condition(
-    factors: Factors, text: str, draws: int, seed: int
-) -> list[tuple[str, Factors, Control | None]]:
+def _condition(factors: Factors, text: str, draws: int, seed: int) -> list[tuple[str, Factors, Control | None]]:
     """(name, weights, record of the control) of a condition; several for a random one.
 
     Raises:

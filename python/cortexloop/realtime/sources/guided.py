@@ -299,5 +299,3 @@ class ModelGuided:
         best = optimiser.best.codes.numpy()
         # A problem of which nothing could be ranked has no best code; its first one is as good as any.
         return _Found(np.where(np.isnan(best), start[:, 0], best), evaluated, generations)
-
-

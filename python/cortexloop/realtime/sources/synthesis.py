@@ -108,7 +108,9 @@ class SynthesisSource:
         first = self._ledger.proposed * self._per_batch
         if self._ledger.proposed == self._batches:
             return None
-        which = [(i % len(self._bank), self._seed + i // len(self._bank)) for i in range(first, first + self._per_batch)]
+        which = [
+            (i % len(self._bank), self._seed + i // len(self._bank)) for i in range(first, first + self._per_batch)
+        ]
         if decision is None:
             decision = {"steps": self._affordable(which)}
         steps = decision.get("steps") if isinstance(decision, dict) else None
