@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 
@@ -11,10 +10,7 @@ import numpy as np
 from cortexloop.realtime.messages import Item
 from cortexloop.realtime.rounds import Round
 from cortexloop.realtime.source import Proposal
-from cortexloop.realtime.state import SessionState
-
-BEST_AS_FILLER = 8
-"""How many of the best images a filler shows."""
+from cortexloop.realtime.state import BEST, SessionState
 
 Items = tuple[list[Item], list[str]]
 """Items, and the full SHA-256 of the pixels of each."""
@@ -55,18 +51,8 @@ def lacking_items(current: Round) -> tuple[Items, list[int], list[int]]:
 
 def best_items(state: SessionState) -> Items:
     """The images with the highest scores so far, over all streams; none before anything is learned."""
-    found: dict[str, tuple[float, Item, str]] = {}
-    for stream in state.streams.values():
-        for past in stream.rounds:
-            if not past.learned:
-                continue
-            scores, _ = past.results(stream.columns(past))
-            made = past.batches[0].made
-            by_id = {item.item_id: (item, sha) for item, sha in zip(made.items, made.shas, strict=True)}
-            for item_id, score in zip(past.item_ids, scores, strict=True):
-                if math.isfinite(score):
-                    found[item_id] = (float(score), *by_id[item_id])
-    best = sorted(found.values(), key=lambda x: (-x[0], x[1].item_id))[:BEST_AS_FILLER]
+    found = [entry for stream in state.streams.values() for entry in stream.best]
+    best = sorted(found, key=lambda x: (-x[0], x[1].item_id))[:BEST]
     return [item for _, item, _ in best], [sha for _, _, sha in best]
 
 

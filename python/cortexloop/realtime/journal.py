@@ -18,18 +18,32 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, overload
 
 import filelock
 
 from cortexloop.realtime.durable import BINARY, JournalError, keep_aside, reason, sync_file, sync_folder, write_all
 from cortexloop.realtime.records import Record, Start, decode, encode
 
-__all__ = ["FORMAT", "JOURNAL", "LOCK", "MAGIC", "MAX_RECORD", "Journal", "JournalError", "Scan", "scan"]
+__all__ = [
+    "FORMAT",
+    "JOURNAL",
+    "LOCK",
+    "MAGIC",
+    "MAX_RECORD",
+    "Journal",
+    "JournalError",
+    "Records",
+    "Scan",
+    "frame",
+    "good_records",
+    "scan",
+]
 
 MAGIC = b"rigj\r\n\x1a\x01"
 """With both kinds of line ends, so that a transfer as text shows."""
@@ -108,8 +122,15 @@ class _Reader:
         self._path, self._file = path, file
         # A session that runs may append while this reads; what it appends from here on is left alone.
         self.size = os.fstat(file.fileno()).st_size
-        self.good, self.count = 0, 0
+        self.good = 0
+        self.offsets = array("Q")
+        """Where each good record's frame begins."""
         self.problem: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Good records so far."""
+        return len(self.offsets)
 
     def __iter__(self) -> Iterator[Record]:
         name = str(self._path)
@@ -140,11 +161,60 @@ class _Reader:
             except ValueError as error:
                 self.problem = f"{name!r} cannot be read from byte {self.good} on (record {self.count + 1}): {error}"
                 return
+            self.offsets.append(self.good)
             self.good += _HEADER.size + len(payload)
-            self.count += 1
             yield record
         if self.count == 0:
             self.problem = f"{name!r} is damaged: it has no first record"
+
+
+class Records(Sequence[Record]):
+    """Records of a journal that stay in the file until they are asked for, so that no session is too long.
+
+    Args:
+        path: the file.
+        offsets: where the frame of each begins.
+    """
+
+    def __init__(self, path: Path, offsets: array[int]) -> None:
+        self._path, self._offsets = path, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        """One record, or some of them, which stay in the file.
+
+        Raises:
+            IndexError: there are fewer.
+            JournalError: the file has changed.
+        """
+        if isinstance(index, slice):
+            return Records(self._path, self._offsets[index])
+        offset = self._offsets[index]
+        with _reading(self._path) as file:
+            return self._read(file, offset)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All of them, one at a time.
+
+        Raises:
+            JournalError: the file has changed.
+        """
+        with _reading(self._path) as file:
+            for offset in self._offsets:
+                yield self._read(file, offset)
+
+    def _read(self, file: BinaryIO, offset: int) -> Record:
+        payload = _payload(file, offset, os.fstat(file.fileno()).st_size)
+        if payload is None:
+            raise JournalError(f"{str(self._path)!r} has changed while it was read")
+        return decode(payload)
 
 
 @dataclass(frozen=True)
@@ -164,19 +234,15 @@ class Scan:
     good_bytes: int
     torn_bytes: int
     problem: str | None
+    _offsets: array[int] = field(repr=False, compare=False)
 
-    def records(self) -> Iterator[Record]:
-        """The good records, read again and one at a time.
+    def records(self) -> Records:
+        """The good records, read again as they are asked for.
 
         Raises:
             JournalError: the file has changed meanwhile, other than by growing.
         """
-        with _reading(self.path) as file:
-            reader = _Reader(self.path, file)
-            for _, record in zip(range(self.count), reader, strict=False):
-                yield record
-            if reader.count < self.count:
-                raise JournalError(f"{str(self.path)!r} has changed while it was read")
+        return Records(self.path, self._offsets)
 
 
 @contextlib.contextmanager
@@ -200,7 +266,26 @@ def scan(path: str | os.PathLike[str]) -> Scan:
         reader = _Reader(path, file)
         for _ in reader:
             pass
-        return Scan(path, reader.count, reader.good, reader.size - reader.good, reader.problem)
+        return Scan(path, reader.count, reader.good, reader.size - reader.good, reader.problem, reader.offsets)
+
+
+def good_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Every good record of a file, wherever it is, also behind damage: for rescuing what a damaged journal holds.
+
+    Raises:
+        JournalError: the file cannot be read.
+    """
+    with _reading(Path(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        offset: int | None = len(MAGIC)
+        while offset is not None:
+            payload = _payload(file, offset, size)
+            if payload is None:
+                offset = _next_good(file, offset + 1, size)
+                continue
+            with contextlib.suppress(ValueError):
+                yield decode(payload)
+            offset += _HEADER.size + len(payload)
 
 
 class Journal:
@@ -257,7 +342,7 @@ class Journal:
             raise
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> tuple[Journal, list[Record]]:
+    def open(cls, folder: str | os.PathLike[str]) -> tuple[Journal, Records]:
         """Take up the journal in a folder: everything in it, ready for more.
 
         An unfinished record at its end is cut off; its bytes are kept as `session.rigj.torn-<n>`.
@@ -274,9 +359,11 @@ class Journal:
         try:
             with _reading(path) as file:
                 reader = _Reader(path, file)
-                records = list(reader)
+                for _ in reader:
+                    pass
                 if reader.problem is not None:
                     raise JournalError(reader.problem)
+                records = Records(path, reader.offsets)
                 start = records[0]
                 assert isinstance(start, Start)  # the reader saw to that
                 file.seek(reader.good)
@@ -323,7 +410,7 @@ class Journal:
             sync_file(self._fd)
         except BaseException as error:
             self._refusal = f"{str(self.path)!r} failed before and takes no more records; restart when the disk is well"
-            self._pending.clear()
+            self._pending = bytearray()
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._synced)
                 sync_file(self._fd)
@@ -331,7 +418,7 @@ class Journal:
                 raise JournalError(f"{str(self.path)!r} cannot be written: {reason(error)}") from error
             raise
         self._synced += len(self._pending)
-        self._pending.clear()
+        self._pending = bytearray()
         return (time.perf_counter() - begun) * 1e3
 
     def close(self) -> None:

@@ -243,15 +243,10 @@ class RecursiveRidge:
                 return largest, float("nan")
             best = int(self._errors.argmin())
             return float(self.alphas[best]), 1.0 - float(self._errors[best]) / self._mean_errors
-        held_out = ridge(
-            np.stack(self._rows),
-            np.array(self._responses)[:, None],
-            self.alphas,
-            standardize=self.standardize,
-            unusable="exclude",
-        )
-        if len(held_out.excluded):  # responses that are all the same
+        if self._sum_yy == 0:  # all responses are the same
             return largest, float("nan")
+        responses = np.array(self._responses)[:, None]
+        held_out = ridge(np.stack(self._rows), responses, self.alphas, standardize=self.standardize)
         return float(held_out.alpha[0]), float(held_out.score[0])
 
     def predict(self, features: NDArray[Any]) -> Double:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,9 +28,22 @@ class BatchState:
     told: dict[str, Responses | None] = field(default_factory=dict)
     """By presentation: responses [units] that count, None for one that was shown in vain."""
     units: tuple[str, ...] | None = None
-    """Of the responses that were told first."""
+    """Of the first responses that count."""
     served: bool = False
     closed: bool = False
+
+    def close(self) -> None:
+        """Nothing that comes from now on changes anything; what is not needed for saying so is let go."""
+        self.closed = True
+        self.made = msgspec.structs.replace(
+            self.made, items=[], shas=[], order=[], pres_ids=[], codes=None, decision=None
+        )
+        for known in (self.told, self.item_of, self.presentations):
+            known.clear()
+
+    def has(self, pres_id: str) -> bool:
+        """Whether a presentation is one of this batch, as far as is still known."""
+        return pres_id in self.item_of or (self.closed and pres_id.startswith(f"{self.made.batch_id}."))
 
     def __post_init__(self) -> None:
         self.item_of = {
@@ -43,17 +57,17 @@ class BatchState:
     @property
     def complete(self) -> bool:
         """Whether every presentation is told of."""
-        return len(self.told) == len(self.item_of)
+        return self.closed or len(self.told) == len(self.item_of)
 
     def of_item(self, item_id: str) -> list[Responses]:
         """Responses that count, in the order of presentation."""
         found = (self.told.get(pres) for pres in self.presentations[item_id])
         return [values for values in found if values is not None]
 
-    def reference_mean(self, columns: Sequence[int] | None) -> float | None:
-        """Mean response to the references, over these units; None without any."""
+    def reference_mean(self) -> float | None:
+        """Mean response to the references, over all units; None without any."""
         found = [
-            float((values if columns is None else values[list(columns)]).mean())
+            float(values.mean())
             for item in self.made.items
             if item.kind == "ref"
             for values in self.of_item(item.item_id)
@@ -64,9 +78,9 @@ class BatchState:
         """Take the rows of a tell; how many counted, and which did not."""
         if self.closed:
             return 0, [Ignored(item_id=item, why="late") for item in tell.item_ids]
-        if self.units is None and tell.units:
-            self.units = tuple(tell.units)
         status = tell.status or ["ok"] * len(tell.item_ids)
+        if self.units is None and "ok" in status:
+            self.units = tuple(tell.units)
         accepted, ignored = 0, []
         for row, presentations in self._presentations_of_rows(tell):
             fresh = [pres for pres in presentations if pres not in self.told]
@@ -110,7 +124,7 @@ class BatchState:
             if event.outcome == "ok":
                 accepted += 1
             elif self.closed:
-                ignored.append(Ignored(item_id=self.item_of[event.pres_id], why="late"))
+                ignored.append(Ignored(item_id=event.pres_id, why="late"))
             else:
                 self.told[event.pres_id] = None
                 accepted += 1
@@ -129,6 +143,13 @@ class Round:
     grants: int = 0
     """How often the experimenter allowed more presentations than `max_reshow`."""
     learned: bool = False
+
+    def close(self) -> None:
+        """It is learned."""
+        self.learned = True
+        for batch in self.batches:
+            batch.close()
+        self.batches, self.item_ids = [], []
 
     @property
     def told(self) -> bool:

@@ -387,6 +387,8 @@ class Session:
 
     def _serve(self, client: str, ask: m.Ask, batch: BatchState, late_ms: float = 0.0) -> Outgoing:
         made = batch.made
+        if batch.closed:
+            raise m.Refusal("STALE_BATCH", f"batch {made.batch_id!r} is told completely; ask for the next")
         items = len(made.items)
         first, last = 0, items
         if ask.max_items is not None:
@@ -417,7 +419,7 @@ class Session:
         return Outgoing(reply, pixels)
 
     def images_of(self, batch_id: str) -> Images:
-        """The images of a batch, uint8 [items, H, W, 3].
+        """The images of a batch that is not learned yet, uint8 [items, H, W, 3].
 
         Raises:
             KeyError: no such batch.
@@ -443,7 +445,7 @@ class Session:
         try:
             self._collect()
             self._watch_links()
-        except JournalError as error:
+        except (JournalError, ResumeError) as error:
             self.known.fault = str(error)
         replies = []
         now = self.now_ns()
@@ -562,7 +564,8 @@ class Session:
     def _take_over(self, stream: Stream, done: Advance) -> None:
         """Record what a job has done."""
         if done.lesson is not None and done.digest is not None:
-            current = stream.open[0]
+            for batch in stream.open[0].batches:
+                self._images.pop(batch.made.batch_id, None)
             self._write(
                 self._stamp(
                     r.Update,
@@ -572,8 +575,6 @@ class Session:
                     digest=done.digest,
                 )
             )
-            for batch in current.batches:
-                self._images.pop(batch.made.batch_id, None)
         stream.finished = stream.finished or done.finished
         if done.proposal is not None and done.images is not None:
             generation = len(stream.rounds)
@@ -684,10 +685,6 @@ class Session:
     def now_ns(self) -> int:
         """By the session's monotonic clock."""
         return self._clock.monotonic_ns()
-
-    def requests_so_far(self) -> int:
-        """How many requests took effect: from where a client in the same process may number its own."""
-        return len(self.known.acks)
 
     @property
     def folder(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -16,6 +16,9 @@ from cortexloop.realtime.rounds import BatchState, Round
 from cortexloop.realtime.settings import SessionSettings, StreamSettings
 from cortexloop.realtime.source import Proposal, Source
 from cortexloop.realtime.timing import ClockEstimator
+
+BEST = 8
+"""How many of the best images are remembered, to be shown as fillers."""
 
 
 class ResumeError(RuntimeError):
@@ -36,8 +39,10 @@ class Stream:
     """The source has no more to show."""
     stalled: bool = False
     """Too few responses, and images were shown again often enough: waits for `Resume`."""
-    best: float | None = None
+    best: list[tuple[float, m.Item, str]] = field(default_factory=list)
+    """Highest scores so far, their images and these images' full SHA-256."""
     mean: float | None = None
+    """Score of the images learned last."""
 
     @property
     def name(self) -> str:
@@ -154,15 +159,9 @@ class SessionState:
             Refusal: there is none.
         """
         batch = self.by_id.get(pres_id.rpartition(".")[0])
-        if batch is None or pres_id not in batch.item_of:
+        if batch is None or not batch.has(pres_id):
             raise m.Refusal("UNKNOWN_ITEM", f"there is no presentation {pres_id!r}")
         return batch
-
-    def presentations(self) -> Iterator[tuple[BatchState, str, str]]:
-        """(batch, presentation, item) of everything made so far, in order."""
-        for batch in self.batches:
-            for pres, item in batch.item_of.items():
-                yield batch, pres, item
 
     # ------------------------------------------------------------------------------------------ records
 
@@ -223,8 +222,10 @@ class SessionState:
         self.counts["late"] += sum(x.why == "late" for x in ignored)
         self.counts["gaps"] += sum(status == "gap" for status in tell.status or ())
         if batch.complete and not batch.closed:
-            mean = batch.reference_mean(None)
+            mean = batch.reference_mean()
             self.reference_mean = self.reference_mean if mean is None else mean
+            if batch.made.batch_kind == "filler":
+                batch.close()
 
     def _apply_update(self, record: r.Update) -> None:
         stream = self.streams[record.stream]
@@ -242,14 +243,13 @@ class SessionState:
                     f"after batch {record.batch_id!r}, the source of stream {stream.name!r} should have the digest "
                     f"{record.digest[:16]}, got {digest[:16]}: another machine or version?"
                 )
+        made = current.batches[0].made
+        by_id = {item.item_id: (item, sha) for item, sha in zip(made.items, made.shas, strict=True)}
+        told = [(float(s), *by_id[x]) for x, s in zip(current.item_ids, scores, strict=True) if math.isfinite(s)]
+        stream.best = sorted([*stream.best, *told], key=lambda x: (-x[0], x[1].item_id))[:BEST]
+        stream.mean = sum(score for score, _, _ in told) / len(told) if told else stream.mean
         stream.proposals.pop(0)
-        current.learned = True
-        for batch in current.batches:
-            batch.closed = True
-        known = scores[np.isfinite(scores)]
-        if len(known):
-            stream.mean = float(known.mean())
-            stream.best = max(float(known.max()), -math.inf if stream.best is None else stream.best)
+        current.close()
 
     def _apply_control(self, record: r.Control) -> None:
         match record.what:

@@ -66,7 +66,7 @@ def report(session: Session, id: str) -> m.StatusReply:
             m.StreamStatus(
                 name=stream.name,
                 generation=len(stream.rounds) - len(stream.proposals),
-                best=stream.best,
+                best=stream.best[0][0] if stream.best else None,
                 mean=stream.mean,
                 finished=stream.finished,
                 ready=any(not batch.served for current in stream.open for batch in current.batches),

@@ -168,6 +168,11 @@ class ClockEstimator:
         """The latest, None before the first burst."""
         return self._segments[-1].fits[-1] if self._segments else None
 
+    @property
+    def uncertainty_ns(self) -> float | None:
+        """Of the latest mapping, at its last burst."""
+        return None if self.mapping is None else self.mapping.uncertainty_ns
+
     def add(self, exchanges: Sequence[Exchange]) -> ClockFit:
         """Take a burst of exchanges, four to eight in a row; one that is older than the last changes nothing.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -44,7 +45,8 @@ class Loop:
         self.session, self.client = session, client
         self._done = threading.Event()
         session.wake = self._done.set
-        self._ids = (f"{client}-{number}" for number in itertools.count(session.requests_so_far()))
+        run = secrets.token_hex(4)  # or ids of before a restart would come again
+        self._ids = (f"{client}-{run}-{number}" for number in itertools.count())
         self.welcome = self.request(msgspec.convert({"type": "hello", "id": self.new_id(), "client": client,
                                                      "roles": list(roles)}, m.Hello))[0]  # fmt: skip
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from cortexloop.realtime.sources.candidates import CandidateSource
+from cortexloop.realtime.sources.controls import ControlSource
 from cortexloop.realtime.sources.evolution import EvolutionSource
 from cortexloop.realtime.sources.fixed import FixedImages
+from cortexloop.realtime.sources.guided import ModelGuided
+from cortexloop.realtime.sources.synthesis import SynthesisSource
 
-__all__ = ["EvolutionSource", "FixedImages"]
+__all__ = ["CandidateSource", "ControlSource", "EvolutionSource", "FixedImages", "ModelGuided", "SynthesisSource"]

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from cortexloop.bank import ModelBank
 from cortexloop.features import FeatureSource
 from cortexloop.realtime.clock import Clock, SystemClock
-from cortexloop.realtime.guide import Guide, Rows
 from cortexloop.realtime.refit import Double, Refit
-from cortexloop.realtime.source import Images, Proposal
+from cortexloop.realtime.source import Images, Proposal, sha256
 from cortexloop.realtime.sources import common
+from cortexloop.realtime.sources.guide import Guide, Rows
 
 Policy = Literal["best", "worst", "disagreement", "random"]
 Positions = NDArray[np.int64]
@@ -50,7 +50,7 @@ class CandidateSource:
             the bank's models; "random": without models.
         explore: share of images at random, 0..1, exact over rounds.
         budget_ms: time for a proposal. Evaluation ends before a chunk that would exceed it, by the time that the
-            slowest took, except that a proposal is always filled.
+            slowest of the last few took, except that a proposal is always filled.
         seed: of the order of chunks and of random choices.
         chunk: images evaluated together.
         batches: proposals in all; None: until all candidates were shown.
@@ -117,7 +117,8 @@ class CandidateSource:
         self._shown, self._known, self._rankable = (np.zeros(count, dtype=np.bool_) for _ in range(3))
         self._order = np.random.default_rng(seed).permutation(-(-count // chunk))
         self._next = 0  # chunk of `_order` that is evaluated next
-        self._chunk_ms = self._rank_ms = 0.0  # the slowest chunk; ranking, per candidate
+        self._pace = common.Pace()  # of chunks
+        self._rank_ms = 0.0  # per candidate
 
     def settings(self) -> dict[str, Any]:
         """See `Source`."""
@@ -171,7 +172,7 @@ class CandidateSource:
 
     def digest(self) -> str:
         """See `Source`."""
-        return common.sha256(self._ledger.digest(), self.guide.digest())
+        return sha256(self._ledger.digest(), self.guide.digest())
 
     def _name(self, position: int) -> str:
         return str(position) if self._names is None else self._names[position]
@@ -215,14 +216,14 @@ class CandidateSource:
         chunk = self.guide.chunk
         while self._next < len(self._order):
             to_rank = self._rank_ms * (self._next + 1) * chunk
-            if available >= needed and not budget.allows(self._chunk_ms + to_rank):
+            if available >= needed and not budget.allows(self._pace.slowest_ms + to_rank):
                 break
             first = int(self._order[self._next]) * chunk
             positions = np.arange(first, min(first + chunk, len(self._images)))
             fresh = free[positions] & ~self._known[positions]
             begin = budget.spent_ms()
             self._evaluate(positions)
-            self._chunk_ms = max(self._chunk_ms, budget.spent_ms() - begin)
+            self._pace.note(budget.spent_ms() - begin)
             available += int((fresh & self._rankable[positions]).sum())
             self._next += 1
 

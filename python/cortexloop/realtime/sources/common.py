@@ -18,6 +18,8 @@ from cortexloop.realtime.clock import Clock
 from cortexloop.realtime.source import Images, sha256
 
 _HASHED_AT_ONCE = 1024
+_REMEMBERED = 8
+"""Pieces of work by which the next one is judged: few, so that one hiccup is soon forgotten."""
 
 
 class Ledger:
@@ -80,6 +82,22 @@ class Budget:
     def allows(self, ms: float) -> bool:
         """Whether something that takes so long would still be done in time."""
         return self._clock.monotonic_ns() - self._begin + ms * 1e6 <= self._ns
+
+
+class Pace:
+    """How long the slowest of the last few pieces of work took."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def note(self, ms: float) -> None:
+        """One more."""
+        self._last.append(ms)
+
+    @property
+    def slowest_ms(self) -> float:
+        """0 before the first."""
+        return max(self._last, default=0.0)
 
 
 def share(fraction: float, count: int, generation: int) -> int:

@@ -13,19 +13,20 @@ from cortexloop.evolve import OPTIMISERS, Generator, Placement, make_optimiser, 
 from cortexloop.evolve.generators.base import CODE_RMS
 from cortexloop.features import FeatureSource
 from cortexloop.realtime.clock import Clock, SystemClock
-from cortexloop.realtime.guide import Guide, Rows
 from cortexloop.realtime.refit import Double, Refit
-from cortexloop.realtime.source import Images, Proposal
+from cortexloop.realtime.source import Images, Proposal, sha256
 from cortexloop.realtime.sources import common
+from cortexloop.realtime.sources.guide import Guide, Rows
 
 Policy = Literal["model", "disagreement", "evolution"]
 Codes = NDArray[np.float32]
 
 
 class _Found(NamedTuple):
-    """codes [n, dim], images evaluated on the way, generations in silico."""
+    """Codes [n, dim] and their rows, images evaluated on the way, generations in silico."""
 
     codes: Codes
+    rows: Rows
     evaluated: int
     generations: int
 
@@ -51,7 +52,7 @@ class ModelGuided:
         per_batch: images per proposal.
         policy: see above.
         budget_ms: time for a proposal. It ends before a chunk (or a generation in silico) that would exceed it by the
-            time that the slowest took, but not before the first.
+            time that the slowest of the last few took, but not before the first.
         explore: share of images from new codes, 0..1, exact over generations.
         seed: of all codes.
         chunk: images evaluated together.
@@ -132,7 +133,7 @@ class ModelGuided:
         # The best codes that were shown, best first, and their scores (negative if low ones are wanted).
         self._best: Codes = np.empty((0, generator.dim), dtype=np.float32)
         self._best_scores: Double = np.empty(0)
-        self._slowest_ms = 0.0
+        self._pace = common.Pace()
 
     def settings(self) -> dict[str, Any]:
         """See `Source`."""
@@ -198,7 +199,7 @@ class ModelGuided:
 
     def digest(self) -> str:
         """See `Source`."""
-        return common.sha256(self._ledger.digest(), self.guide.digest())
+        return sha256(self._ledger.digest(), self.guide.digest())
 
     # ------------------------------------------------------------------------------------ choosing
 
@@ -209,8 +210,11 @@ class ModelGuided:
         return to_uint8(images).cpu().numpy()
 
     def _rows(self, codes: Codes) -> Rows:
-        parts = [codes[i : i + self.guide.chunk] for i in range(0, len(codes), self.guide.chunk)]
-        return np.concatenate([self.guide.rows(self._render(part)) for part in parts])
+        rows = np.empty((len(codes), self.guide.width), dtype=np.float32)
+        for first in range(0, len(codes), self.guide.chunk):
+            some = slice(first, first + self.guide.chunk)
+            rows[some] = self.guide.rows(self._render(codes[some]))
+        return rows
 
     def _keys(self, rows: Rows) -> Double:
         """Higher is better; minus infinity where a model responds with NaN or infinity."""
@@ -226,12 +230,12 @@ class ModelGuided:
         budget = common.Budget(self._clock, self._budget_ms)
         explore = common.share(self._explore, self._per_batch, self._ledger.proposed)
         new = self._new(self._rng(0), explore)
-        found = _Found(new[:0], 0, 0)
+        new_rows = self._rows(new)
+        found = _Found(new[:0], new_rows[:0], 0, 0)
         if explore < self._per_batch:
             search = self._evolved if self._policy == "evolution" else self._screened
             found = search(budget, self._per_batch - explore)
-        codes = np.concatenate([found.codes, new])
-        rows = self._rows(codes)
+        codes, rows = np.concatenate([found.codes, new]), np.concatenate([found.rows, new_rows])
         return {
             "codes": common.packed(codes),
             "explore": explore,
@@ -264,17 +268,19 @@ class ModelGuided:
 
     def _screened(self, budget: common.Budget, count: int) -> _Found:
         """The best of a pool that grows while there is time."""
-        kept, keys = self._new(self._rng(0), 0), np.empty(0)
+        kept, rows, keys = self._new(self._rng(0), 0), np.empty((0, self.guide.width), np.float32), np.empty(0)
         evaluated = 0
-        while len(kept) < count or (evaluated < self._most and budget.allows(self._slowest_ms)):
+        while len(kept) < count or (evaluated < self._most and budget.allows(self._pace.slowest_ms)):
             begin = budget.spent_ms()
             codes = self._pool(self._rng(1 + evaluated // self.guide.chunk), self.guide.chunk)
-            kept, keys = np.concatenate([kept, codes]), np.concatenate([keys, self._keys(self._rows(codes))])
+            found = self._rows(codes)
+            kept, rows = np.concatenate([kept, codes]), np.concatenate([rows, found])
+            keys = np.concatenate([keys, self._keys(found)])
             best = np.argsort(-keys, kind="stable")[:count]
-            kept, keys = kept[best], keys[best]
+            kept, rows, keys = kept[best], rows[best], keys[best]
             evaluated += len(codes)
-            self._slowest_ms = max(self._slowest_ms, budget.spent_ms() - begin)
-        return _Found(kept, evaluated, 0)
+            self._pace.note(budget.spent_ms() - begin)
+        return _Found(kept, rows, evaluated, 0)
 
     def _evolved(self, budget: common.Budget, count: int) -> _Found:
         """The best code of each of `count` evolutions in silico that run while there is time."""
@@ -287,15 +293,21 @@ class ModelGuided:
             seed=int(self._rng(2).integers(2**63)),
             first_generation=start,
         )
+        problems = np.arange(count)
+        best, best_keys = start[:, 0].copy(), np.full(count, -np.inf)
+        best_rows = np.full((count, self.guide.width), np.nan, dtype=np.float32)
         evaluated = generations = 0
-        while generations == 0 or (evaluated < self._most and budget.allows(self._slowest_ms)):
+        while generations == 0 or (evaluated < self._most and budget.allows(self._pace.slowest_ms)):
             begin = budget.spent_ms()
             codes = optimiser.ask().numpy()
-            keys = self._keys(self._rows(codes.reshape(-1, codes.shape[2]))).reshape(codes.shape[:2])
+            rows = self._rows(codes.reshape(-1, codes.shape[2]))
+            keys = self._keys(rows).reshape(codes.shape[:2])
+            first = keys.argmax(axis=1)
+            better = keys[problems, first] > best_keys
+            best[better], best_keys[better] = codes[problems, first][better], keys[problems, first][better]
+            best_rows[better] = rows.reshape(*keys.shape, -1)[problems, first][better]
             optimiser.tell(np.where(np.isfinite(keys), keys, np.nan))
             evaluated += keys.size
             generations += 1
-            self._slowest_ms = max(self._slowest_ms, budget.spent_ms() - begin)
-        best = optimiser.best.codes.numpy()
-        # A problem of which nothing could be ranked has no best code; its first one is as good as any.
-        return _Found(np.where(np.isnan(best), start[:, 0], best), evaluated, generations)
+            self._pace.note(budget.spent_ms() - begin)
+        return _Found(best, best_rows, evaluated, generations)

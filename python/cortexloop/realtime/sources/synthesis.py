@@ -31,7 +31,7 @@ class SynthesisSource:
     Args:
         bank: M models.
         per_batch: images per proposal.
-        batches: proposals in all.
+        batches: proposals in all; None: without end.
         steps: of gradient ascent; with a budget the most.
         budget_ms: time to make the images of a proposal; None: as long as it takes.
         seed: of the noise.
@@ -48,7 +48,7 @@ class SynthesisSource:
         bank: ModelBank,
         *,
         per_batch: int,
-        batches: int,
+        batches: int | None = None,
         steps: int = 100,
         budget_ms: float | None = None,
         seed: int = 0,
@@ -73,7 +73,7 @@ class SynthesisSource:
         self._bank, self._sha = bank, common.bank_digest(bank)
         self._per_batch, self._batches, self._steps, self._seed = per_batch, batches, steps, seed
         self._budget_ms = budget_ms
-        self._options = {
+        self._options: dict[str, Any] = {
             "minimize": minimize,
             "step_size": step_size,
             "blur": blur,

@@ -1,0 +1,178 @@
+"""What came of a simulated day."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cortexloop.realtime.journal import scan
+from cortexloop.realtime.messages import Batch, Item, StatusReply
+from cortexloop.realtime.records import BatchMade, ShownEvents, Told
+
+
+@dataclass(frozen=True)
+class GenerationRow:
+    """Responses to one generation of a stream: means over presentations, in spikes per second.
+
+    mean, best: over its images; NaN if none has a response. references: mean over the references shown with it, None if
+    there are none.
+    """
+
+    stream: str
+    generation: int
+    images: int
+    mean: float
+    best: float
+    references: float | None
+
+
+class Scores:
+    """Responses as they are told, by generation.
+
+    Args:
+        units: all that are told.
+        score_units: for each stream, those whose mean is the score; all for streams that are not named.
+    """
+
+    def __init__(self, units: Sequence[str], score_units: Mapping[str, Sequence[str]]) -> None:
+        self._columns = {stream: [units.index(u) for u in chosen] for stream, chosen in score_units.items() if chosen}
+        self._found: dict[tuple[str, int], tuple[dict[str, list[float]], list[float]]] = {}
+
+    def add(self, batch: Batch, item: Item, responses: NDArray[np.float32]) -> None:
+        """One response [units] that counts."""
+        if batch.stream is None:
+            return
+        columns = self._columns.get(batch.stream)
+        score = float((responses if columns is None else responses[columns]).mean())
+        items, references = self._found.setdefault((batch.stream, batch.generation), ({}, []))
+        if item.kind == "ref":
+            references.append(score)
+        else:
+            items.setdefault(item.item_id, []).append(score)
+
+    def row(self, stream: str, generation: int) -> GenerationRow:
+        """What is known of one generation so far."""
+        items, references = self._found.get((stream, generation), ({}, []))
+        means = [float(np.mean(values)) for values in items.values()]
+        return GenerationRow(
+            stream=stream,
+            generation=generation,
+            images=len(means),
+            mean=float(np.mean(means)) if means else float("nan"),
+            best=max(means, default=float("nan")),
+            references=float(np.mean(references)) if references else None,
+        )
+
+    def rows(self) -> Iterator[GenerationRow]:
+        """All generations, in the order in which they were first told."""
+        return (self.row(*key) for key in self._found)
+
+
+@dataclass
+class DayReport:
+    """A day in numbers.
+
+    Attributes:
+        generations: as far as responses came.
+        presentations: by outcome, as the display saw them.
+        responses: by status, as they were told.
+        batches: by kind.
+        session_s: how long it took, in the world's time.
+        requests, resent, repeated: messages; those sent again because no answer came; those that came once more.
+        client_restarts, acquisition_restarts, clock_steps, silences, resumed: mishaps, and how often the experimenter
+            had to let the session go on.
+        packets_lost: messages of the acquisition.
+        late_spikes: that came after their window could have been counted.
+        steps_found: steps of clocks that the session noticed; a restarted acquisition is one, too.
+        wrong: responses that differ from what the neurons fired; has to be 0.
+        unsure: presentations whose onset was known too badly to be counted.
+        lost: responses that were acknowledged and are not in the journal as they were told; has to be 0. None: there
+            was no journal to look at.
+        onset_error_ms: difference between where the session places an onset and when light came on, by the source of
+            the onset: median and largest. Photodiodes see light, flips come before it.
+        status: the session's own view at the end.
+    """
+
+    generations: list[GenerationRow] = field(default_factory=list)
+    presentations: dict[str, int] = field(default_factory=dict)
+    responses: dict[str, int] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+    session_s: float = 0.0
+    requests: int = 0
+    resent: int = 0
+    repeated: int = 0
+    client_restarts: int = 0
+    acquisition_restarts: int = 0
+    clock_steps: int = 0
+    silences: int = 0
+    resumed: int = 0
+    packets_lost: int = 0
+    late_spikes: int = 0
+    wrong: int = 0
+    unsure: int = 0
+    lost: int | None = None
+    steps_found: int | None = None
+    onset_error_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    status: StatusReply | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was lost, nothing was counted wrongly."""
+        return self.wrong == 0 and not self.lost
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """A response that the session said it has: responses float32 [units]."""
+
+    batch_id: str
+    pres_id: str
+    status: str
+    responses: NDArray[np.float32]
+
+
+def check_journal(
+    folder: Path, acknowledged: Sequence[Acknowledged], light_ns: Mapping[tuple[str, float], int]
+) -> tuple[int, dict[str, tuple[float, float]], int]:
+    """What a session's journal says, against what the rig knows.
+
+    Args:
+        folder: of the session.
+        acknowledged: all responses that were.
+        light_ns: when light came on, by the session's monotonic clock, for each presentation that counted (named by
+            `pres_id` and `t_on`: after a crash the same presentation is shown again).
+
+    Returns:
+        how many acknowledged responses are missing or other than they were; errors of onsets, in milliseconds, by their
+        source; how many clock steps the session noticed.
+    """
+    kept: dict[tuple[str, str], list[tuple[str, NDArray[Any]]]] = {}
+    errors: dict[str, list[float]] = {}
+    steps = 0
+    for record in scan(folder / "session.rigj").records():
+        if isinstance(record, Told):
+            header = record.header
+            status = header.status or ["ok"] * len(header.item_ids)
+            for pres, worth, row in zip(header.pres_ids or [], status, record.responses.numpy(), strict=True):
+                kept.setdefault((header.batch_id, pres), []).append((worth, row))
+        elif isinstance(record, ShownEvents):
+            for event, found in zip(record.events, record.onsets, strict=True):
+                light = light_ns.get((event.pres_id, float(event.t_on or 0)))
+                if light is not None and found.by != "received":
+                    errors.setdefault(found.by, []).append((found.t_ns - light) / 1e6)
+        elif not isinstance(record, BatchMade) and getattr(record, "what", None) == "clock_step":
+            steps += 1
+    lost = 0
+    for one in acknowledged:
+        found_rows = kept.get((one.batch_id, one.pres_id), [])
+        same = any(
+            worth == one.status and (worth != "ok" or np.array_equal(row, one.responses)) for worth, row in found_rows
+        )
+        lost += not same
+    summary = {by: (float(np.median(values)), float(max(values, key=abs))) for by, values in errors.items()}
+    return lost, summary, steps
