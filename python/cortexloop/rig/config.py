@@ -162,7 +162,9 @@ def parse(raw: dict[str, Any], path: str | os.PathLike[str]) -> RigConfig:
     settings = _convert({**fields, "streams": streams}, SessionSettings, path.name, "session.")
     if tables.server.secret is not None and tables.server.secret_file is not None:
         raise ValueError(f"{path.name}: server.secret and server.secret_file are both given; leave one out")
-    kept: dict[str, Any] = {name: raw[name] for name in ("streams", "references") if name in raw}
+    kept: dict[str, Any] = {"streams": {stream["name"]: stream for stream in raw["streams"]}}
+    if "references" in raw:
+        kept["references"] = raw["references"]
     return RigConfig(
         path=path.absolute(),
         folder=path.absolute().parent / Path(folder).expanduser(),
@@ -194,8 +196,8 @@ def _convert(data: Any, kind: type[T], file: str, prefix: str) -> T:
 # ---------------------------------------------------------------------------------------------- making
 
 
-def build(config: RigConfig) -> tuple[dict[str, Source], Images | None]:
-    """The sources, by the names of their streams, and the reference images.
+def build(config: RigConfig) -> tuple[dict[str, Source], Images]:
+    """The sources, by the names of their streams, and the reference images [R, H, W, 3], R = 0 if there are none.
 
     Raises:
         ValueError: a file or an option that a source cannot use; the message names the stream.
@@ -212,9 +214,9 @@ def build(config: RigConfig) -> tuple[dict[str, Source], Images | None]:
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name!r} {height} x {width}" for name, (height, width) in sizes.items())
         raise ValueError(f"{config.path.name}: all streams should show images of one size, got {told}")
-    if config.references is None:
-        return sources, None
     size = next(iter(sizes.values()))
+    if config.references is None:
+        return sources, np.zeros((0, *size, 3), np.uint8)
     try:
         references, _ = _images(config.resolve(config.references.images), size, resize=config.references.resize)
     except ValueError as error:

@@ -14,7 +14,7 @@ import math
 import queue
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import NamedTuple, Protocol
@@ -49,7 +49,7 @@ class Serving(Protocol):
 
     def handle(self, client: str, request: Request, buffer: bytes | memoryview | None = None) -> Answer | None: ...
 
-    def poll(self) -> list[tuple[str, Answer]]: ...
+    def poll(self) -> Sequence[tuple[str, Answer]]: ...
 
     def next_wake_ns(self) -> int | None: ...
 

@@ -42,13 +42,15 @@ class ExchangeTable(Table, frozen=True, kw_only=True):
     """Images and scores as files, see `cortexloop.rig.folder`.
 
     images, scores: folders; the scores' is that of the images if not given. image_format: of the files. poll_ms: how
-    often the folders are looked at. units: names of the columns of score files, "ch0", "ch1", ... if not given.
+    often the folders are looked at. settle_ms: how long a score file has to stand still. units: names of the columns of
+    score files, "ch0", "ch1", ... if not given.
     """
 
     images: File
     scores: File | None = None
     image_format: Literal["png", "bmp"] = "png"
     poll_ms: Annotated[float, Meta(ge=1, le=10_000)] = 20.0
+    settle_ms: Annotated[float, Meta(ge=1, le=60_000)] = 100.0
     units: list[Name] = []
 
 
