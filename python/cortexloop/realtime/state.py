@@ -225,11 +225,11 @@ class SessionState:
         self.counts["late"] += sum(x.why == "late" for x in ignored)
         self.counts["gaps"] += sum(status == "gap" for status in tell.status or ())
         if batch.complete and not batch.closed:
-            stream = None if batch.made.stream is None else self.streams[batch.made.stream]
-            mean = batch.reference_mean(None if stream is None else stream.columns_of(batch.units))
-            self.reference_mean = self.reference_mean if mean is None else mean
-            if batch.made.batch_kind == "filler":
+            if batch.made.stream is None:
                 batch.close()
+                return
+            mean = batch.reference_mean(self.streams[batch.made.stream].columns_of(batch.units))
+            self.reference_mean = self.reference_mean if mean is None else mean
 
     def _apply_update(self, record: r.Update) -> None:
         stream = self.streams[record.stream]
