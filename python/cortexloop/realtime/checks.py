@@ -17,8 +17,8 @@ from cortexloop.realtime.settings import SessionSettings
 from cortexloop.realtime.source import Images, Source, sha256
 from cortexloop.realtime.state import ResumeError, SessionState
 
-LARGEST = 1e100
-"""Of a response's absolute value: means and sums of squares stay finite."""
+LARGEST = 1e30
+"""Of a response's absolute value: float32 has it, and means and sums of squares stay finite."""
 OWN_NAMES = ("filler", "ref")
 
 

@@ -242,7 +242,6 @@ class Session:
         Returns:
             the reply; None for an `Ask` that has to wait, whose reply comes from `poll`.
         """
-        self._changed = True
         return self._answering(request.id, lambda: self._handle(client, request, buffer))
 
     def _answering(self, id: str, answer: Callable[[], Outgoing | None]) -> Outgoing | None:
@@ -253,6 +252,7 @@ class Session:
             return Outgoing(refusal.to(id))
         except (JournalError, ResumeError) as error:
             self.known.fault = str(error)  # from here on nothing happens that would go unrecorded
+            self._changed = True
             return Outgoing(m.Refusal("FAULT", str(error)).to(id))
 
     def _handle(self, client: str, request: m.Request, buffer: bytes | memoryview | None) -> Outgoing | None:
@@ -282,6 +282,7 @@ class Session:
         record = self._record_of(self._name(client), request, buffer)
         self._journal.append(record)
         self._sync()
+        self._changed = True
         self.known.apply(record)
         self._follow_up()
         return Outgoing(self.known.acks[request.id])
