@@ -217,8 +217,10 @@ class SimulatedRig:
 
     def _ask(self, after: str | None) -> tuple[m.Batch, NDArray[np.uint8]] | None:
         """The next batch and its images; None when the session is over."""
+        # While nothing is shown yet, there is nothing to keep up with.
+        within_ms = 10_000.0 if after is None else None
         for _ in range(10 * _ATTEMPTS):
-            reply, raw = self._send(m.Ask(id=self._id(), after=after))
+            reply, raw = self._send(m.Ask(id=self._id(), after=after, within_ms=within_ms))
             if isinstance(reply, m.Batch):
                 assert raw is not None
                 self.report.batches[reply.kind] = self.report.batches.get(reply.kind, 0) + 1
