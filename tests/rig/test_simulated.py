@@ -234,6 +234,7 @@ def test_a_bad_day_loses_nothing(tmp_path, bank, seed):
     assert_learned(learned, found)
     assert found.lost == 0
     assert found.wrong == 0
+    assert found.onsets_beyond == 0
     assert found.status.state == "finished"
     assert found.status.streams[0].generation == 6
     # everything did happen
@@ -309,9 +310,10 @@ def test_over_a_network_in_real_time(tmp_path, bank, over):
             thread.join()
     assert found.wrong == 0
     assert found.status.state == "finished"
-    lost, onsets, _ = check_journal(tmp_path / "s", rig.acknowledged, rig.light_ns)
-    assert lost == 0
-    assert set(onsets) == {"photodiode"}
+    check_journal(found, tmp_path / "s", rig.acknowledged, rig.light_ns, (day.light_ms, day.light_jitter_ms))
+    assert found.lost == 0
+    assert found.onsets_beyond == 0
+    assert set(found.onset_error_ms) == {"photodiode"}
     assert len(rig.acknowledged) == found.status.told
 
 
