@@ -96,6 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "functional",
         "ops",
         "realtime",
+        "rig",
         "io",
         "models",
         "metrics",

@@ -9,8 +9,12 @@ import json
 import pytest
 
 from cortexloop.cli.app import run
+from cortexloop.realtime import Session
+from cortexloop.realtime.jobs import Immediately
 from cortexloop.realtime.journal import JOURNAL
 from cortexloop.realtime.records import Told
+from cortexloop.rig.config import build, load
+from cortexloop.rig.inprocess import Loop
 from session_files import write_session
 
 
@@ -97,6 +101,51 @@ def test_replay(session):
     assert "deadline_miss" in out
     assert "stream evo" in out
     assert "0:00.001" in out
+
+
+CONFIG = """
+[session]
+name = "checked"
+folder = "session"
+seed = {seed}
+
+[[streams]]
+name = "evo"
+kind = "evolution"
+optimiser = "cholesky-cma"
+generator = "fourier"
+population = 4
+generations = 2
+size = [12, 12]
+"""
+
+
+def test_replay_check(tmp_path):
+    """The configuration's sources do all of it again; other ones are found out."""
+    path = tmp_path / "rig.toml"
+    path.write_text(CONFIG.format(seed=1))
+    config = load(path)
+    sources, references = build(config)
+    with Session.create(
+        config.folder, config.settings, sources, references, config=config.kept, executor=Immediately()
+    ) as session:
+        loop = Loop(session)
+        for _ in range(2):
+            batch, images = loop.ask()
+            loop.tell(batch, images.mean(axis=(1, 2, 3)))
+        session.poll()
+    code, out, err = cortexloop("rig", "replay", config.folder, "--check", path)
+    assert (code, err) == (0, "")
+    assert "2 batches, 2 generations learned" in out
+    assert "8 images rendered again" in out
+    (tmp_path / "other.toml").write_text(CONFIG.format(seed=2))
+    code, out, err = cortexloop("rig", "replay", config.folder, "--check", tmp_path / "other.toml")
+    assert (code, err) == (1, "")
+    assert "does not repeat" in out
+    assert "seed" in out
+    code, out, err = cortexloop("rig", "replay", config.folder, "--check", tmp_path / "none.toml")
+    assert code == 2
+    assert "there is no configuration" in err
 
 
 @pytest.mark.parametrize("command", ["verify", "recover", "export", "replay"])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cortexloop.realtime import durable
+from cortexloop.realtime import durable, frames
 from cortexloop.realtime import journal as journal_module
 from cortexloop.realtime.journal import JOURNAL, LOCK, MAGIC, Journal, JournalError, frame, good_records, scan
 from cortexloop.realtime.records import Closed
@@ -316,7 +316,7 @@ def test_a_journal_that_cannot_be_begun(tmp_path, monkeypatch):
 
 
 def test_a_record_beyond_all_bounds_is_refused_and_the_journal_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal_module, "MAX_RECORD", 2000)
+    monkeypatch.setattr(frames, "MAX_RECORD", 2000)
     with Journal.create(tmp_path, start()) as journal:
         with pytest.raises(ValueError, match="at most 2000 bytes"):
             journal.append(note(1, size=2000))

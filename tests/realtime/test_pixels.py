@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
 import threading
 import tracemalloc
 import zlib
+from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from cortexloop.realtime import durable
 from cortexloop.realtime import pixels as pixels_module
@@ -181,6 +185,36 @@ def test_files_that_are_none(tmp_path, content):
     with pytest.raises(JournalError, match="no store"):
         PixelStore(tmp_path, SHAPE)
     assert (tmp_path / PIXELS).read_bytes() == content
+
+
+HEAD = b"rigp\r\n\x1a\x01" + np.array(SHAPE, "<u4").tobytes()
+BLACK = np.zeros((1, *SHAPE), np.uint8)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(
+    content=st.one_of(
+        st.binary(max_size=100),
+        st.builds(lambda tail, zeros: HEAD + tail + bytes(zeros), st.binary(max_size=400), st.integers(0, 400)),
+    )
+)
+def test_no_bytes_break_it(content):
+    """What it hands out has the checksum it is asked for, and new images find their place behind whatever is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PIXELS).write_bytes(content)
+        try:
+            store = PixelStore(folder, SHAPE)
+        except JournalError:
+            assert (Path(folder) / PIXELS).read_bytes() == content
+            return
+        except ValueError:  # of another shape
+            assert content[:20] != HEAD
+            return
+        with store:
+            assert store.torn_bytes + store.damaged_bytes + 184 * len(store) >= len(content) - 20
+            (sha,) = store.put(BLACK)
+        with PixelStore(folder) as store:
+            assert np.array_equal(store.get(sha), BLACK[0])
 
 
 @pytest.mark.parametrize("takes", [0, 10, 50])

@@ -229,8 +229,8 @@ def test_a_filler_is_shown_when_the_deadline_passes(tmp_path: Path):
         assert isinstance(again.message, m.Batch)
         assert again.message.batch_id == filler.batch_id
         loop.tell(filler, [1.0, 2.0])
-        assert session.status().reference_mean == 1.5
         loop.tell(batch, responses(images))
+        assert session.status().reference_mean == pytest.approx(responses(images)[:2].mean())
         after, _ = loop.ask(after=filler.batch_id)
         assert after.batch_id == "evo-0001"
 

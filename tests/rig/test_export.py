@@ -21,6 +21,7 @@ from cortexloop.rig.export import CsvTables, export, exporters, register
 from cortexloop.rig.history import History, Recording
 from cortexloop.rig.session_tables import tables
 from cortexloop.rig.timeline import summaries, timeline
+from cortexloop.rig.xdream import image_name
 from session_files import IMAGES, REFERENCES, SHAPE, UNITS, response, write_session
 
 GENERATIONS = 3
@@ -174,6 +175,10 @@ def test_xdream_files(recording, tmp_path):
     assert len(read_as_xdream(tmp_path / "block001.mat")[0]) == 5
     assert not (tmp_path / "block003.mat").exists(), "a batch without a response that counts has no scores"
     assert len(list(tmp_path.glob("*.png"))) == GENERATIONS * (REFERENCES + IMAGES) + REFERENCES + 1
+
+
+def test_no_name_leads_out_of_the_folder():
+    assert image_name(3, 1, "../a/b\\c d") == "block003_001_.._a_b_c_d.png"
 
 
 def test_the_mat_file_begins_as_matlab_expects(recording, tmp_path):

@@ -103,6 +103,21 @@ def test_it_is_sound(session):
     assert found["batches"].looked > 5
 
 
+def test_references_are_scored_as_the_stream_is(session):
+    """By the units that make its score, so that both can be compared."""
+    expected = responses(REFERENCES)
+    with Recording.open(session[0]) as recording:
+        assert recording.history.score_units("evo") == ["u1"]
+        assert recording.history.score_units("set") == []
+        for batch in recording.history.batches.values():
+            if batch.made.batch_kind == "gen":
+                columns = [1] if batch.made.stream == "evo" else [0, 1]
+                found = recording.history.of_item(batch, "ref-000"), recording.history.of_item(batch, "ref-001")
+                values = [v[columns].mean() for part in found for v in part]
+                assert np.isclose(recording.history.reference_mean(batch), np.mean(values), rtol=1e-12)
+                assert np.isclose(min(values), expected[:, columns].mean(axis=1).min(), rtol=1e-12)
+
+
 def test_the_tables_have_what_was_told(session, tmp_path):
     folder, told = session
     with Recording.open(folder) as recording:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from concurrent.futures import Future
 
 import msgspec
@@ -12,15 +13,18 @@ import pytest
 from cortexloop.bank import ModelBank
 from cortexloop.realtime.clock import ManualClock
 from cortexloop.realtime.jobs import Immediately
+from cortexloop.realtime.messages import Heartbeat
 from cortexloop.realtime.session import Session
 from cortexloop.realtime.settings import SessionSettings
 from cortexloop.realtime.sources.fixed import FixedImages
 from cortexloop.rig.counting import SpikeCounter
 from cortexloop.rig.open_ephys import Receiver
+from cortexloop.rig.server import Server
 from cortexloop.rig.simulated import DAYS, Day, Neurons, example, simulate, textbook_neurons
 from cortexloop.rig.simulated.hardware import SAMPLE_RATE, Acquisition, Display
-from cortexloop.rig.simulated.rig import CLOCK_UNITS
-from cortexloop.rig.simulated.world import RigClock, SlowExecutor
+from cortexloop.rig.simulated.report import check_journal
+from cortexloop.rig.simulated.rig import CLOCK_UNITS, SimulatedRig
+from cortexloop.rig.simulated.world import NetworkLine, RealWorld, RigClock, SlowExecutor
 from cortexloop.textbook import procedural_images
 from cortexloop.textbook import textbook_neurons as models
 
@@ -266,3 +270,34 @@ def test_units_that_nobody_records(tmp_path):
     settings, sources, references = example("ch17", generations=1, population=4, references=1)
     with pytest.raises(ValueError, match=r"streams are scored by \['ch17'\]"):
         simulate(tmp_path / "s", settings, sources, references, textbook_neurons(), DAYS["good"])
+
+
+@pytest.mark.parametrize("over", ["zmq", "tcp"])
+def test_over_a_network_in_real_time(tmp_path, bank, over):
+    settings, sources, references = example(generations=2, population=4, references=1)
+    settings = msgspec.structs.replace(settings, clock_units=dict(CLOCK_UNITS), within_ms=10_000.0)
+    day = dataclasses.replace(QUICK, on_ms=10.0, off_ms=5.0, pause_ms=5.0, missed_flips=0.1, breaks=0.05)
+    with Session.create(tmp_path / "s", settings, sources, references) as session:
+        server = Server(session, **{over: {"zmq": "tcp://127.0.0.1:*", "tcp": "127.0.0.1:0"}[over]})
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        address = server.zmq_address if over == "zmq" else f"tcp-raw://{server.tcp_address}"
+        line = NetworkLine(address)
+        try:
+            rig = SimulatedRig(line, RealWorld(), Neurons(bank), day, seed=2)
+            found = rig.run()
+        finally:
+            line.close()
+            server.stop()
+            thread.join()
+    assert found.wrong == 0
+    assert found.status.state == "finished"
+    lost, onsets, _ = check_journal(tmp_path / "s", rig.acknowledged, rig.light_ns)
+    assert lost == 0
+    assert set(onsets) == {"photodiode"}
+    assert len(rig.acknowledged) == found.status.told
+
+
+def test_a_line_that_is_not_connected():
+    with pytest.raises(RuntimeError, match="connect first"):
+        NetworkLine("tcp://127.0.0.1:1").request(Heartbeat(id="a"))

@@ -84,6 +84,7 @@ def changed_tell(**changes):
         ("tells", "1 rows of 3 units", changed_tell(units=["a", "b", "c"])),
         ("tells", "no numbers", replaced(0, Told, responses=Array.of(np.array([[np.nan, 1]], np.float32)))),
         ("tells", "cannot be read", replaced(0, Told, responses=Array("<f4", (1, 2), b"123"))),
+        ("tells", "cannot be read", replaced(0, Told, responses=Array("?!", (1, 2), b"123"))),
         ("tells", "recorded all the same", again(1, Told)),
         ("batches", "made twice", again(0, BatchMade)),
         ("batches", "checksums", replaced(0, BatchMade, shas=["0" * 64] * 6)),

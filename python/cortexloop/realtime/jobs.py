@@ -73,6 +73,7 @@ def advance(source: Source, lesson: Lesson | None, propose: bool, pixels: PixelS
     if proposal is not None:
         images = check_images(proposal.render(), proposal.count, source.size)
         shas = pixels.put(images)
+        pixels.sync()  # before the batch is recorded, and beside the session's thread
     return Advance(
         lesson=lesson,
         digest=digest,

@@ -64,10 +64,10 @@ class BatchState:
         found = (self.told.get(pres) for pres in self.presentations[item_id])
         return [values for values in found if values is not None]
 
-    def reference_mean(self) -> float | None:
-        """Mean response to the references, over all units; None without any."""
+    def reference_mean(self, columns: Sequence[int] | None) -> float | None:
+        """Mean response to the references, over these units; None without any."""
         found = [
-            float(values.mean())
+            float((values if columns is None else values[list(columns)]).mean())
             for item in self.made.items
             if item.kind == "ref"
             for values in self.of_item(item.item_id)

@@ -208,6 +208,7 @@ class Session:
             self._executor.shutdown(wait=True, cancel_futures=True)
         try:
             if not self._journal.failed:
+                self._collect()
                 self._journal.append(self._stamp(r.Closed))
                 self._journal.sync()
                 self._pixels.sync()
@@ -545,7 +546,7 @@ class Session:
         while progress:
             progress = False
             for stream in self.known.streams.values():
-                if stream.job is None or not stream.job.done():
+                if stream.job is None or not stream.job.done() or stream.job.cancelled():
                     continue
                 job, stream.job = stream.job, None
                 error = job.exception()

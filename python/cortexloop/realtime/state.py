@@ -61,7 +61,10 @@ class Stream:
 
     def columns(self, current: Round) -> list[int] | None:
         """Which of the units told make this stream's score; None for all."""
-        units = next((batch.units for batch in current.batches if batch.units is not None), None)
+        return self.columns_of(next((batch.units for batch in current.batches if batch.units is not None), None))
+
+    def columns_of(self, units: tuple[str, ...] | None) -> list[int] | None:
+        """Which of these units make this stream's score; None for all."""
         if units is None or not self.settings.units:
             return None
         return [units.index(unit) for unit in self.settings.units]
@@ -222,10 +225,11 @@ class SessionState:
         self.counts["late"] += sum(x.why == "late" for x in ignored)
         self.counts["gaps"] += sum(status == "gap" for status in tell.status or ())
         if batch.complete and not batch.closed:
-            mean = batch.reference_mean()
-            self.reference_mean = self.reference_mean if mean is None else mean
-            if batch.made.batch_kind == "filler":
+            if batch.made.stream is None:
                 batch.close()
+                return
+            mean = batch.reference_mean(self.streams[batch.made.stream].columns_of(batch.units))
+            self.reference_mean = self.reference_mean if mean is None else mean
 
     def _apply_update(self, record: r.Update) -> None:
         stream = self.streams[record.stream]

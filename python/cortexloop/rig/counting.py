@@ -152,8 +152,13 @@ class SpikeCounter:
 
     @property
     def waiting(self) -> int:
-        """Presentations that are not counted yet."""
+        """Presentations that `ready` has not returned yet."""
         return len(self._waiting)
+
+    @property
+    def pending(self) -> int:
+        """Presentations for which data has to come yet."""
+        return sum(not self._complete(p) for p in self._waiting.values())
 
     def spikes(self, unit: str, times_ns: ArrayLike) -> None:
         """Spikes of one unit, in any order."""
@@ -198,7 +203,7 @@ class SpikeCounter:
 
     def ready(self) -> Counted:
         """All presentations that can be counted now; each is returned once."""
-        due = [p for p in self._waiting.values() if self.watermark.complete(p.t_on_ns, self._last_ms)]
+        due = [p for p in self._waiting.values() if self._complete(p)]
         due.sort(key=lambda p: (p.t_on_ns, p.pres_id))
         for p in due:
             del self._waiting[p.pres_id]
@@ -210,6 +215,9 @@ class SpikeCounter:
         return Counted(
             due, list(self.units), responses.astype(np.float32), status, self.kind, self.window_ms, self.baseline_ms
         )
+
+    def _complete(self, p: Presentation) -> bool:
+        return self.watermark.complete(p.t_on_ns, self._last_ms)
 
     def _touches_gap(self, p: Presentation) -> bool:
         first, last = p.t_on_ns + self._first_ns, p.t_on_ns + round(self._last_ms * _MS)

@@ -181,14 +181,25 @@ class History:
             found.append(told.responses.numpy()[int(tag[1])].astype(np.float64))
         return found
 
+    def score_units(self, stream: str | None) -> list[str]:
+        """Names of the units whose mean is a stream's score, as the session's settings say; none for all of them."""
+        config = self.start.config if self.start is not None else {}
+        settings = config.get("settings") or {}
+        for entry in settings.get("streams") or []:
+            if entry.get("name") == stream:
+                return list(entry.get("units") or [])
+        return []
+
     def reference_mean(self, batch: BatchHistory) -> float | None:
-        """Mean response to the references of a batch, over all units; None without any."""
-        means = [
-            float(values.mean())
-            for item in batch.made.items
-            if item.kind == "ref"
-            for values in self.of_item(batch, item.item_id)
-        ]
+        """Mean response to the references of a batch, over the units that make its stream's score; None without any."""
+        wanted = self.score_units(batch.made.stream)
+        means = []
+        for item in batch.made.items:
+            for tag in batch.state.of_item(item.item_id) if item.kind == "ref" else []:
+                told = self.tells[int(tag[0])]
+                columns = [i for i, unit in enumerate(told.header.units) if not wanted or unit in wanted]
+                if columns:
+                    means.append(float(told.responses.numpy()[int(tag[1])].astype(np.float64)[columns].mean()))
         return float(np.mean(means)) if means else None
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cortexloop.realtime.records import Opened
-from cortexloop.rig.history import BatchHistory, History
+from cortexloop.rig.history import History
 
 Kind = Literal["text", "integer", "real", "truth", "number"]
 """Of a column. A "number" is all integers in one session and has fractions in another: a rig's own clock."""
@@ -158,14 +158,14 @@ _RESPONSES: list[tuple[str, Kind]] = [
 
 
 def _responses(history: History) -> Iterator[Row]:
+    presentations = rows_that_count(history)
     for number, told in enumerate(history.tells):
         batch = history.batches.get(told.header.batch_id)
         if batch is None:
             continue
         header, values = told.header, told.responses.numpy()
-        presentations = rows_that_count(batch, number)
         for row, item in enumerate(header.item_ids):
-            counting = presentations.get(row, [])
+            counting = presentations.get((number, row), [])
             # A row for an item as a whole may stand for several presentations.
             pres = header.pres_ids[row] if header.pres_ids else counting[0] if len(counting) == 1 else None
             for unit, value in zip(header.units, values[row].tolist(), strict=True):
@@ -178,13 +178,14 @@ def _responses(history: History) -> Iterator[Row]:
                 )  # fmt: skip
 
 
-def rows_that_count(batch: BatchHistory, number: int) -> dict[int, list[str]]:
-    """Of the tell of this number: the rows that count, each with the presentations it stands for."""
-    rows: dict[int, list[str]] = {}
-    for pres in batch.state.item_of:
-        tag = batch.state.told.get(pres)
-        if tag is not None and int(tag[0]) == number:
-            rows.setdefault(int(tag[1]), []).append(pres)
+def rows_that_count(history: History) -> dict[tuple[int, int], list[str]]:
+    """The rows of tells that count, as (number of the tell, row), with the presentations that each stands for."""
+    rows: dict[tuple[int, int], list[str]] = {}
+    for batch in history.batches.values():
+        for pres in batch.state.item_of:
+            tag = batch.state.told.get(pres)
+            if tag is not None:
+                rows.setdefault((int(tag[0]), int(tag[1])), []).append(pres)
     return rows
 
 

@@ -246,7 +246,7 @@ class _Records:
         counts = np.array([s == "ok" for s in status], bool)
         try:
             values = record.responses.numpy()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             yield f"has responses that cannot be read: {error}"
             return
         if not np.isfinite(values[counts]).all():

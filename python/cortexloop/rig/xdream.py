@@ -8,6 +8,7 @@ image names from the cell array `stimulusID` and responses [images, channels], a
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ __all__ = ["XdreamFiles", "image_name", "write_mat"]
 
 
 def image_name(block: int, position: int, item_id: str) -> str:
-    """Name of the image file of an item, by the number of its batch and its place there."""
-    return f"block{block:03d}_{position:03d}_{item_id}.png"
+    """Name of the image file of an item, by the number of its batch and its place there; never that of a folder."""
+    return f"block{block:03d}_{position:03d}_{re.sub(r'[^A-Za-z0-9._-]', '_', item_id)}.png"
 
 
 class XdreamFiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.markup import escape
@@ -126,8 +126,20 @@ def export(
 
 @rig.command()
 @telling_interruptions()
-def replay(folder: Folder) -> None:
-    """Tell what happened in a session."""
+def replay(
+    folder: Folder,
+    check: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--check", help="Configuration of the session: repeat all of it instead, and compare."),
+    ] = None,
+) -> None:
+    """Tell what happened in a session; or with --check, let its sources do all of it again, and compare to the bit.
+
+    Exit code 1 if something comes out differently.
+    """
+    if check is not None:
+        _repeat(folder, check)
+        return
     from cortexloop.realtime.journal import JournalError
 
     try:
@@ -165,3 +177,35 @@ def _tell(recording: Recording) -> None:
             table.add_row(str(number), *("-" if value != value else f"{value:.4g}" for value in values))
         console.print()
         console.print(table)
+
+
+def _repeat(folder: Path, path: Path) -> None:
+    from cortexloop.realtime.journal import JournalError
+    from cortexloop.realtime.state import ResumeError
+    from cortexloop.rig.config import build, load
+    from cortexloop.rig.replay import repeat
+
+    console = stdout()
+    try:
+        with bad_input():
+            config = load(path)
+            sources, references = build(config)
+            found = repeat(folder, config.settings, sources, references, config=config.kept)
+    except JournalError as error:
+        raise BadInputError(sentence(error)) from error
+    except ResumeError as error:
+        console.print(f"[red]it does not repeat:[/] {escape(sentence(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(
+        f"[green]repeated to the bit:[/] codes, scores and states of {found.batches} batches, "
+        f"{found.learned} generations learned",
+        soft_wrap=True,
+    )
+    if found.different:
+        console.print(
+            f"[red]{len(found.different)} of {found.images} images[/] come out with other pixels, "
+            f"{escape(found.different[0])} first; the session's folder has those that were shown",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    console.print(f"[green]pixels equal:[/] {found.images} images rendered again")

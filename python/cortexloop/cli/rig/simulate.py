@@ -128,7 +128,7 @@ def _in_process(
                 found = load(config)
                 settings, kept = found.settings, found.kept
                 neurons = _neurons(models, [unit for stream in settings.streams for unit in stream.units], seed)
-                sources, references = build(found)
+                sources, references = build(found)  # type: ignore[assignment]
                 batches = generations
         try:
             return run(place, settings, sources, references, neurons, DAYS[day], seed=seed, batches=batches,

@@ -41,23 +41,27 @@ class Scores:
 
     def __init__(self, units: Sequence[str], score_units: Mapping[str, Sequence[str]]) -> None:
         self._columns = {stream: [units.index(u) for u in chosen] for stream, chosen in score_units.items() if chosen}
-        self._found: dict[tuple[str, int], tuple[dict[str, list[float]], list[float]]] = {}
+        self._found: dict[tuple[str, int], dict[str, tuple[Item, float]]] = {}
 
-    def add(self, batch: Batch, item: Item, responses: NDArray[np.float32]) -> None:
+    def add(self, batch: Batch, item: Item, pres_id: str, responses: NDArray[np.float32]) -> None:
         """One response [units] that counts."""
         if batch.stream is None:
             return
         columns = self._columns.get(batch.stream)
         score = float((responses if columns is None else responses[columns]).mean())
-        items, references = self._found.setdefault((batch.stream, batch.generation), ({}, []))
-        if item.kind == "ref":
-            references.append(score)
-        else:
-            items.setdefault(item.item_id, []).append(score)
+        self._found.setdefault((batch.stream, batch.generation), {})[pres_id] = (item, score)
+
+    def discard(self, batch: Batch, pres_id: str) -> None:
+        """A presentation that went wrong does not count, also if it was told of: it was shown again after a crash."""
+        if batch.stream is not None:
+            self._found.get((batch.stream, batch.generation), {}).pop(pres_id, None)
 
     def row(self, stream: str, generation: int) -> GenerationRow:
         """What is known of one generation so far."""
-        items, references = self._found.get((stream, generation), ({}, []))
+        items: dict[str, list[float]] = {}
+        references: list[float] = []
+        for item, score in self._found.get((stream, generation), {}).values():
+            (references if item.kind == "ref" else items.setdefault(item.item_id, [])).append(score)
         means = [float(np.mean(values)) for values in items.values()]
         return GenerationRow(
             stream=stream,

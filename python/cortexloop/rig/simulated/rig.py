@@ -278,7 +278,7 @@ class SimulatedRig:
             if first != trials[-1]:
                 self._wait_ms(self._day.pause_ms)
         patience = self._world.now_ns() + _PATIENCE_NS
-        while self._counter.waiting and self._world.now_ns() < patience:
+        while self._counter.pending and self._world.now_ns() < patience:
             self._wait_ms(10.0)
         self._tell(batch, final=True)
         return True
@@ -325,6 +325,8 @@ class SimulatedRig:
             self._wait_ms(day.off_ms)
             self._keep_in_touch()
         for event in events:
+            if event.outcome != "ok":
+                self._scores.discard(batch, event.pres_id)
             self.report.presentations[event.outcome] = self.report.presentations.get(event.outcome, 0) + 1
         self._request(m.Shown(id=self._id(), events=events), m.Ack)
         self._place_by_flips()
@@ -373,7 +375,7 @@ class SimulatedRig:
             self.report.responses[status] = self.report.responses.get(status, 0) + 1
             self.acknowledged.append(Acknowledged(batch.batch_id, presentation.pres_id, status, row))
             if status == "ok":
-                self._scores.add(batch, items[presentation.item_id], row)
+                self._scores.add(batch, items[presentation.item_id], presentation.pres_id, row)
 
     def _check(self, counted: Counted) -> None:
         """Compare with what was fired: by the acquisition's own samples, however they were sent."""
