@@ -65,7 +65,8 @@ def simulate(
 ) -> None:
     """Run a session with simulated display, acquisition and neurons; exit code 1 if a response was lost or wrong.
 
-    With --config, neurons get the names of the units that the configuration scores, unless they have them already.
+    With --config, neurons get the names of the units that the configuration scores, unless they have them already; with
+    --address, too, it says which units score a stream of the server.
     """
     from cortexloop.rig.simulated import DAYS
 
@@ -87,6 +88,8 @@ def simulate(
         print_json(_plain(found))
     else:
         _print(found, day)
+        if address is not None and config is None:
+            stdout().print("means are over all units; with --config, over those that score a stream", soft_wrap=True)
     if not found.ok:
         raise typer.Exit(1)
 
