@@ -103,7 +103,8 @@ def test_responses_as_lists_and_as_arrays(tmp_path: Path):
         rest[-1] = np.nan
         told = rig.tell(batch, rest, units=UNITS, pres_ids=batch.pres_ids[half:], status=status, final=True)
         assert told["accepted"] + len(told["ignored"]) == len(rest)
-        assert rig.ask(rig.ask(batch)).kind == "repair"
+        following = rig.ask(batch)
+        assert "repair" in (following.kind, rig.ask(following).kind)
         for wrong in ([[1.0]], np.zeros((2, 2)), [[1.0, 2.0, 3.0]] * half):
             with pytest.raises(ValueError, match="responses should"):
                 rig.tell(batch, wrong, units=UNITS, pres_ids=batch.pres_ids[:half])
