@@ -128,7 +128,7 @@ def _in_process(
                 found = load(config)
                 settings, kept = found.settings, found.kept
                 neurons = _neurons(models, [unit for stream in settings.streams for unit in stream.units], seed)
-                sources, references = build(found)  # type: ignore[assignment]
+                sources, references = build(found)
                 batches = generations
         try:
             return run(place, settings, sources, references, neurons, DAYS[day], seed=seed, batches=batches,
@@ -237,6 +237,7 @@ def _print(found: DayReport, day: str) -> None:
         for by, (median, worst) in sorted(found.onset_error_ms.items())
     ]
     rows += [
+        ("onsets worse than they claim", _verdict(None if found.lost is None else found.onsets_beyond)),
         ("responses other than what was fired", _verdict(found.wrong)),
         ("responses lost", _verdict(found.lost)),
     ]

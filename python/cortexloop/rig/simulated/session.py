@@ -79,7 +79,7 @@ def simulate(
         )
         report = rig.run(batches)
         report.repeated = world.repeated
-    report.lost, report.onset_error_ms, report.steps_found = check_journal(folder, rig.acknowledged, rig.light_ns)
+    check_journal(report, folder, rig.acknowledged, rig.light_ns, (day.light_ms, day.light_jitter_ms))
     return report
 
 
