@@ -320,6 +320,20 @@ def test_a_bug_in_the_session_is_answered_and_logged(caplog: pytest.LogCaptureFi
     assert "bug" in caplog.text
 
 
+def test_a_session_that_fails_while_nobody_asks_does_not_end_the_server(caplog: pytest.LogCaptureFixture):
+    session = FakeSession()
+
+    def failing() -> Any:
+        raise RuntimeError("bug")
+
+    session.poll = failing  # type: ignore[method-assign]
+    session.next_wake_ns = lambda: -1  # type: ignore[method-assign]
+    with caplog.at_level(logging.ERROR), serving(session) as server, client(server) as rig:
+        for _ in range(20):
+            rig.heartbeat()
+    assert 1 <= len(caplog.records) <= 3
+
+
 def test_a_refusal_of_the_session_is_an_error():
     def refuse(client: str, request: m.Request, buffer: Any) -> Any:
         raise m.Refusal("STALE_BATCH", "long gone", retry=True)

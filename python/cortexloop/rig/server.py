@@ -30,6 +30,7 @@ log = logging.getLogger("cortexloop.rig")
 Answer = tuple[Reply, bytes | memoryview | None]
 """A reply and its buffer."""
 
+_AFTER_FAILURE_S = 0.5
 _AT_ONCE = 64  # messages of one transport before the others have their turn
 
 
@@ -114,6 +115,7 @@ class Server:
         self._waiting: dict[str, _Waiting] = {}
         self._jobs: queue.SimpleQueue[tuple[LocalPeer, Request, Bytes | None]] = queue.SimpleQueue()
         self._stopping, self._gone, self._woken = False, False, True
+        self._patience = 0.0
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
@@ -201,7 +203,7 @@ class Server:
         waits = [1000.0]
         due = self._session.next_wake_ns()
         if due is not None:
-            waits.append((due - self._session.now_ns()) / 1e6)
+            waits.append(max((due - self._session.now_ns()) / 1e6, (self._patience - time.monotonic()) * 1e3))
         if self._tick is not None:
             waits.append((next_tick - time.monotonic()) * 1e3)
         if self._listener is not None:
@@ -215,11 +217,19 @@ class Server:
         self._woken = True
 
     def _look_at_session(self) -> None:
+        if time.monotonic() < self._patience:
+            return
         due = self._session.next_wake_ns()
         if not self._woken and (due is None or due > self._session.now_ns()):
             return
         self._woken = False
-        for client, answer in self._session.poll():
+        try:
+            answers = self._session.poll()
+        except Exception:
+            log.exception("the session failed; it is looked at again in %g s", _AFTER_FAILURE_S)
+            self._patience = time.monotonic() + _AFTER_FAILURE_S
+            return
+        for client, answer in answers:
             waiting = self._waiting.get(client)
             if waiting is not None and waiting.id == answer[0].id:
                 del self._waiting[client]
