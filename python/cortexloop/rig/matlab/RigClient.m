@@ -106,8 +106,10 @@ classdef RigClient < handle
                         case 'RigClient:FINISHED'
                             batch = [];
                             return
-                        case {'RigClient:PAUSED', 'RigClient:BUSY'}
+                        case 'RigClient:PAUSED'
                             pause(0.25);
+                        case 'RigClient:BUSY'  % the server has waited already
+                            pause(0.01);
                         otherwise
                             rethrow(problem);
                     end
