@@ -15,6 +15,7 @@ from cortexloop.realtime.timing import (
     MonotonicCheck,
     Watermark,
     bursts_needed,
+    exchange_of_pair,
     in_ns,
     latest_uncertainty_ns,
     onset,
@@ -115,6 +116,20 @@ def test_the_truth_is_within_the_uncertainty_with_unequal_ways_and_heavy_tails(s
     for server in rng.integers(10**17, 10**17 + 99 * SECOND, 20).tolist():
         mapped, uncertainty = estimator.to_server_ns(clock(server))
         assert abs(mapped - server) <= uncertainty + 10
+
+
+def test_pairs_of_times_do_for_exchanges():
+    """Flips, known to 0.3 ms, and the photodiode's samples for them."""
+    rng, clock = np.random.default_rng(12), TrueClock(ppm=-35)
+    estimator = ClockEstimator("ephys")
+    for second in range(60):
+        light = 10**17 + second * SECOND
+        flip = light + int(rng.uniform(-0.3, 0.3) * MS)
+        fit = estimator.add([exchange_of_pair(clock(light), flip, 300_000)])
+    assert not estimator.steps
+    assert -fit.drift_ppm == pytest.approx(-35, abs=10)
+    assert 0.3 * MS <= fit.uncertainty_ns < 0.6 * MS
+    assert abs(estimator.to_server_ns(clock(light))[0] - light) < 0.2 * MS
 
 
 def test_far_zeros_lose_nothing():

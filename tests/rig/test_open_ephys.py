@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexloop.rig.counting import SpikeCounter
-from cortexloop.rig.open_ephys import Other, Progress, Pulse, Receiver, Spike, heartbeat, parse
+from cortexloop.rig.open_ephys import (
+    Other,
+    Progress,
+    Pulse,
+    Receiver,
+    Spike,
+    StreamError,
+    Subscriber,
+    heartbeat,
+    parse,
+)
 
 RATE = 30_000
 
@@ -132,7 +144,7 @@ def test_pulses_and_restarts():
 
 
 def test_another_sampling_rate_is_refused():
-    with pytest.raises(ValueError, match=r"2500\.0 samples per second, expected 30000"):
+    with pytest.raises(StreamError, match=r"2500\.0 samples per second, expected 30000"):
         receiver().take(data(1, 0, rate=2_500.0))
 
 
@@ -145,3 +157,54 @@ def test_times_of_samples_are_exact_for_a_day():
 def test_heartbeat():
     said = json.loads(heartbeat("cortexloop", "1234"))
     assert said == {"application": "cortexloop", "uuid": "1234", "type": "heartbeat"}
+
+
+@pytest.fixture
+def plugin():
+    """The plugin's sockets: data, listening."""
+    context = zmq.Context()
+    data_port, listening = context.socket(zmq.XPUB), context.socket(zmq.REP)
+    for which in (data_port, listening):
+        which.setsockopt(zmq.LINGER, 0)
+        which.bind("tcp://127.0.0.1:*")
+    yield data_port, listening
+    data_port.close()
+    listening.close()
+    context.term()
+
+
+def until(condition, subscriber):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        subscriber.receive(5)
+
+
+def test_a_connection_to_the_plugin(plugin):
+    publisher, listening = plugin
+    addresses = [which.getsockopt_string(zmq.LAST_ENDPOINT) for which in plugin]
+    r = receiver()
+    subscriber = Subscriber(r, addresses[0], listening=addresses[1])
+    try:
+        assert publisher.recv() == b"\x01"  # subscribed
+        r.counter.presented("p", "i", r.ns(3_000))
+        for frames in stream([3_000, 4_500], 9_000):
+            publisher.send_multipart(frames)
+        publisher.send_multipart([b"DATA", b"no JSON", b""])
+        until(lambda: subscriber.refused == 1, subscriber)
+        assert r.counter.ready().responses.tolist() == [[2.0]]
+        assert not subscriber.connected
+        until(lambda: listening.poll(0), subscriber)
+        assert json.loads(listening.recv())["type"] == "heartbeat"
+        listening.send(b"heartbeat received")
+        until(lambda: subscriber.connected, subscriber)
+        publisher.send_multipart(data(100, 9_000, rate=1_000.0))
+        with pytest.raises(StreamError):
+            until(lambda: False, subscriber)
+    finally:
+        subscriber.close()
+
+
+def test_an_address_without_a_port():
+    with pytest.raises(ValueError, match="the address of the plugin looks like"):
+        Subscriber(receiver(), "localhost")

@@ -40,6 +40,7 @@ WORSE = dataclasses.replace(
     no_diode=0.1,
     lost_packets=0.002,
     lost_messages=0.05,
+    server_crashes=0.01,
     repeated_messages=0.05,
     slow_every=2,
     clock_step_every=3,
@@ -173,17 +174,30 @@ def small(generations, seed=0):
 
 
 def learning(session):
-    """The same, and what its source will be told."""
+    """The same, what its source will be told, and how to make it anew."""
     learned = []
-    source = session[1]["evolution"]
-    learn = source.learn
 
-    def note(scores, responses):
-        learned.append(scores)
-        learn(scores, responses)
+    def noting(source):
+        learned.clear()  # a new one is told everything again
+        learn = source.learn
 
-    source.learn = note
-    return session, learned
+        def note(scores, responses):
+            learned.append(scores)
+            learn(scores, responses)
+
+        source.learn = note
+        return {"evolution": source}
+
+    settings, sources, references = session
+    origin = sources["evolution"]
+    noting(origin)
+
+    def again():
+        generations, population, seed = origin.generations, origin.optimiser.population, origin.optimiser.seed
+        fresh = example(generations=generations, population=population, references=0, seed=seed)[1]
+        return noting(fresh["evolution"])
+
+    return (settings, sources, references), learned, again
 
 
 def assert_learned(learned, found):
@@ -208,7 +222,7 @@ def resumed(folder, session):
 def test_a_good_day(tmp_path, bank):
     rows = []
     neurons = Neurons(bank)
-    session, learned = learning(small(3))
+    session, learned, _ = learning(small(3))
     found = simulate(tmp_path / "s", *session, neurons, QUICK, seed=1, on_generation=rows.append)
     assert found.ok
     assert_learned(learned, found)
@@ -229,15 +243,24 @@ def test_a_good_day(tmp_path, bank):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_bad_day_loses_nothing(tmp_path, bank, seed):
-    session, learned = learning(small(6))
-    found = simulate(tmp_path / "s", *session, Neurons(bank), WORSE, seed=seed)
+    session, learned, again = learning(small(6))
+    found = simulate(tmp_path / "s", *session, Neurons(bank), WORSE, seed=seed, sources_again=again)
     assert_learned(learned, found)
     assert found.lost == 0
     assert found.wrong == 0
+    assert found.onsets_beyond == 0
     assert found.status.state == "finished"
     assert found.status.streams[0].generation == 6
     # everything did happen
-    for happened in ("resent", "repeated", "client_restarts", "acquisition_restarts", "clock_steps", "silences"):
+    for happened in (
+        "server_crashes",
+        "resent",
+        "repeated",
+        "client_restarts",
+        "acquisition_restarts",
+        "clock_steps",
+        "silences",
+    ):
         assert getattr(found, happened) > 0, happened
     assert found.packets_lost > 0
     assert found.responses["gap"] > 0
@@ -266,6 +289,23 @@ def test_what_is_told_is_what_the_neurons_prefer(tmp_path, bank):
     assert np.corrcoef(learned[0], truth)[0, 1] > 0.95
 
 
+def test_two_streams_hide_each_others_work(tmp_path, bank):
+    """With 400 ms of work per generation, one stream alone misses its deadlines, two in turn do not until the end."""
+    day = dataclasses.replace(QUICK, compute_ms=400.0, breaks=0.0)
+    settings, sources, references = small(3)
+    alone = simulate(tmp_path / "one", settings, sources, references, Neurons(bank), day)
+    assert alone.ok
+    assert alone.status.deadline_misses == 3
+    assert alone.batches["filler"] == 3
+    streams = [{"name": name, "units": [unit]} for name, unit in (("a", "curve_up"), ("b", "dot_small"))]
+    settings = msgspec.convert({"session": "two", "streams": streams}, SessionSettings)
+    sources = {name: small(3, seed)[1]["evolution"] for seed, name in enumerate("ab")}
+    found = simulate(tmp_path / "two", settings, sources, references, Neurons(bank), day)
+    assert found.ok
+    assert found.status.deadline_misses <= 1
+    assert {(row.stream, row.generation) for row in found.generations} == {(s, g) for s in "ab" for g in range(3)}
+
+
 def test_units_that_nobody_records(tmp_path):
     settings, sources, references = example("ch17", generations=1, population=4, references=1)
     with pytest.raises(ValueError, match=r"streams are scored by \['ch17'\]"):
@@ -292,9 +332,10 @@ def test_over_a_network_in_real_time(tmp_path, bank, over):
             thread.join()
     assert found.wrong == 0
     assert found.status.state == "finished"
-    lost, onsets, _ = check_journal(tmp_path / "s", rig.acknowledged, rig.light_ns)
-    assert lost == 0
-    assert set(onsets) == {"photodiode"}
+    check_journal(found, tmp_path / "s", rig.acknowledged, rig.light_ns, (day.light_ms, day.light_jitter_ms))
+    assert found.lost == 0
+    assert found.onsets_beyond == 0
+    assert set(found.onset_error_ms) == {"photodiode"}
     assert len(rig.acknowledged) == found.status.told
 
 

@@ -263,6 +263,15 @@ class ClockEstimator:
         return before, after
 
 
+def exchange_of_pair(client_ns: int, server_ns: int, uncertainty_ns: int) -> Exchange:
+    """An exchange that says: the client's clock read `client_ns` at the server's time `server_ns`, within so much.
+
+    For clocks that cannot be read for an exchange, as of an acquisition system: the moments that both clocks know
+    (flips and their photodiode signals, digital pulses) relate it to the server's.
+    """
+    return client_ns - uncertainty_ns, server_ns, server_ns, client_ns + uncertainty_ns
+
+
 def _best(name: str, exchanges: Sequence[Exchange]) -> _Burst:
     """The exchange with the shortest round trip."""
     in_order = [x for x in exchanges if x[3] >= x[0] and x[2] >= x[1] and x[3] - x[0] >= x[2] - x[1]]

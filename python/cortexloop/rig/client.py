@@ -18,6 +18,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import math
 import socket
 import struct
 import sys
@@ -226,7 +227,7 @@ class RigClient:
                     return
                 if not error.retry or isinstance(error, RigTimeout):
                     raise
-                time.sleep(pause)
+                time.sleep(0.01 if error.code == "BUSY" else pause)  # "BUSY" came after waiting for the deadline
                 continue
             yield batch
             after = batch
@@ -398,9 +399,11 @@ class RigClient:
             try:
                 reply = json.loads(header)
                 id = reply["id"]
-                reply["type"]
+                whole = reply["type"] != "batch" or len(data) in (0, math.prod(reply["shape"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise _Lost from error
+            if not whole:
+                raise _Lost
             if id == message["id"] or (id == "?" and reply["type"] == "error"):
                 return reply, data
             # The answer to what was given up long ago.

@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import zmq
+
 from cortexloop.rig.counting import SequenceCheck, SpikeCounter
 
 MAX_HEADER = 64_000
 """Bytes of a header; what the plugin itself takes."""
+BEAT_S = 2.0
+"""Between heartbeats; after five seconds without one the plugin counts a client as lost."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,10 @@ def heartbeat(application: str, identity: str | None = None) -> bytes:
     return json.dumps({"application": application, "uuid": identity or str(uuid.uuid4()), "type": "heartbeat"}).encode()
 
 
+class StreamError(ValueError):
+    """The stream is not the one that was expected: none of its messages can be used."""
+
+
 class Receiver:
     """Feeds a `SpikeCounter` with the plugin's messages.
 
@@ -190,11 +199,12 @@ class Receiver:
         """Take a message.
 
         Raises:
-            ValueError: not a message of the plugin, or of a stream with another sampling rate.
+            ValueError: not a message of the plugin; its number will be missing.
+            StreamError: the stream has another sampling rate.
         """
         packet = parse(frames)
         if isinstance(packet, Progress) and not math.isclose(packet.sample_rate, self.sample_rate, rel_tol=1e-6):
-            raise ValueError(
+            raise StreamError(
                 f"stream {packet.stream!r} has {packet.sample_rate} samples per second, expected {self.sample_rate}"
             )
         missing = self.sequence.missing(packet.message_num)
@@ -224,3 +234,83 @@ class Receiver:
             return self._latest, self._latest
         samples = packet.num_samples if isinstance(packet, Progress) else 0
         return self.ns(packet.sample_num), self.ns(packet.sample_num + samples)
+
+
+class Subscriber:
+    """A connection to the plugin: its messages go to a receiver, and heartbeats back.
+
+    The plugin publishes, so what is not fetched in time is lost (and noticed): call `receive` often, at best from a
+    thread of its own, and select one continuous channel only, which is enough to know how far the stream has come.
+
+    Args:
+        receiver: takes the messages.
+        address: of the plugin's data port, "tcp://host:5556".
+        application: the name that the plugin's editor shows.
+        listening: address of its listening port; that of the data plus one if None.
+
+    Raises:
+        ValueError: an address without a port.
+
+    Attributes:
+        refused: messages that could not be understood.
+    """
+
+    def __init__(
+        self, receiver: Receiver, address: str, *, application: str = "cortexloop", listening: str | None = None
+    ) -> None:
+        host, colon, port = address.rpartition(":")
+        if not colon or not port.isdigit():
+            raise ValueError(f'the address of the plugin looks like "tcp://127.0.0.1:5556", got {address!r}')
+        self.receiver, self.refused = receiver, 0
+        self._application, self._identity = application, str(uuid.uuid4())
+        self._context = zmq.Context()
+        self._data = self._context.socket(zmq.SUB)
+        self._beats = self._context.socket(zmq.REQ)
+        for which in (self._data, self._beats):
+            which.setsockopt(zmq.LINGER, 0)
+        self._data.setsockopt(zmq.RCVHWM, 100_000)
+        self._data.setsockopt(zmq.SUBSCRIBE, b"")
+        self._beats.setsockopt(zmq.REQ_RELAXED, 1)  # a lost answer does not end it
+        self._beats.setsockopt(zmq.REQ_CORRELATE, 1)
+        self._data.connect(address)
+        self._beats.connect(listening or f"{host}:{int(port) + 1}")
+        self._next_beat = time.monotonic()
+        self._answered: float | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the plugin has answered a heartbeat in the last five seconds."""
+        return self._answered is not None and time.monotonic() - self._answered < 5.0
+
+    def receive(self, timeout_ms: int = 10) -> int:
+        """Take all messages that are there, waiting for the first; how many.
+
+        Raises:
+            StreamError: the stream has another sampling rate than the receiver expects.
+        """
+        self._beat()
+        taken = 0
+        while self._data.poll(0 if taken else timeout_ms):
+            message = self._data.recv_multipart()
+            taken += 1
+            try:
+                self.receiver.take(message)
+            except StreamError:
+                raise
+            except ValueError:
+                self.refused += 1
+        return taken
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._data.close()
+        self._beats.close()
+        self._context.term()
+
+    def _beat(self) -> None:
+        if self._beats.poll(0):
+            self._beats.recv()
+            self._answered = time.monotonic()
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_S
+            self._beats.send(heartbeat(self._application, self._identity), zmq.NOBLOCK)

@@ -6,7 +6,6 @@ blocks (disks, models) is the session's business; what a client does not read is
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ipaddress
 import logging
@@ -22,16 +21,17 @@ from typing import NamedTuple, Protocol
 import zmq
 
 from cortexloop.realtime.messages import Error, Refusal, Reply, Request
-from cortexloop.rig.protocol import Bytes, Desk, Encoding, Limits, Peer, Refused, encode, encoding_of, refuse
+from cortexloop.rig.protocol import Bytes, Desk, Encoding, Limits, Peer, Refused, encode
 from cortexloop.rig.tcp import Listener
+from cortexloop.rig.zeromq import Router, host_of, new_context
 
 log = logging.getLogger("cortexloop.rig")
 
 Answer = tuple[Reply, bytes | memoryview | None]
 """A reply and its buffer."""
 
+_AFTER_FAILURE_S = 0.5
 _AT_ONCE = 64  # messages of one transport before the others have their turn
-_ZMQ_UNREAD = 64  # replies that ZeroMQ keeps for a client, beyond which it drops them
 
 
 class _Waiting(NamedTuple):
@@ -115,15 +115,16 @@ class Server:
         self._waiting: dict[str, _Waiting] = {}
         self._jobs: queue.SimpleQueue[tuple[LocalPeer, Request, Bytes | None]] = queue.SimpleQueue()
         self._stopping, self._gone, self._woken = False, False, True
+        self._patience = 0.0
         self._bell, self._button = socket.socketpair()
         self._bell.setblocking(False)
         self._button.setblocking(False)
-        self._context = _context()
+        self._context = new_context()
         self._router: Router | None = None
         self._listener: Listener | None = None
         try:
             if zmq is not None:
-                check_address(_zmq_host(zmq), secret=secret, insecure=insecure)
+                check_address(host_of(zmq), secret=secret, insecure=insecure)
                 self._router = Router(self._context, zmq, self.limits)
             if tcp is not None:
                 host, port = split_address(tcp)
@@ -205,7 +206,7 @@ class Server:
         waits = [1000.0]
         due = self._session.next_wake_ns()
         if due is not None:
-            waits.append((due - self._session.now_ns()) / 1e6)
+            waits.append(max((due - self._session.now_ns()) / 1e6, (self._patience - time.monotonic()) * 1e3))
         if self._tick is not None:
             waits.append((next_tick - time.monotonic()) * 1e3)
         if self._listener is not None:
@@ -219,11 +220,19 @@ class Server:
         self._woken = True
 
     def _look_at_session(self) -> None:
+        if time.monotonic() < self._patience:
+            return
         due = self._session.next_wake_ns()
         if not self._woken and (due is None or due > self._session.now_ns()):
             return
         self._woken = False
-        for client, answer in self._session.poll():
+        try:
+            answers = self._session.poll()
+        except Exception:
+            log.exception("the session failed; it is looked at again in %g s", _AFTER_FAILURE_S)
+            self._patience = time.monotonic() + _AFTER_FAILURE_S
+            return
+        for client, answer in answers:
             waiting = self._waiting.get(client)
             if waiting is not None and waiting.id == answer[0].id:
                 del self._waiting[client]
@@ -309,12 +318,6 @@ def _send(peer: Peer, encoding: Encoding, answer: Answer) -> None:
         peer.send(encode(reply, encoding), buffer)
 
 
-def _context() -> zmq.Context[zmq.Socket[bytes]]:
-    context = zmq.Context()
-    context.set(zmq.BLOCKY, 0)  # never wait for unread replies at the end
-    return context
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port".
 
@@ -325,95 +328,6 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f'an address for TCP looks like "127.0.0.1:5558", got {address!r}')
     return host.strip("[]"), int(port)
-
-
-def _zmq_host(address: str) -> str:
-    if address.startswith(("ipc://", "inproc://")):
-        return "localhost"
-    if not address.startswith("tcp://") or ":" not in address[6:]:
-        raise ValueError(f'an address for ZeroMQ looks like "tcp://127.0.0.1:5557", got {address!r}')
-    return address[6:].rpartition(":")[0]
-
-
-# ---------------------------------------------------------------------------------------------- ZeroMQ
-
-
-class RouterPeer(Peer):
-    """One connection of a ZeroMQ client, which has a routing id that ZeroMQ made."""
-
-    def __init__(self, router: Router, identity: bytes) -> None:
-        super().__init__()
-        self._router, self.identity = router, identity
-        self.delimited = False
-        """Whether it puts an empty frame before its header, as REQ sockets do."""
-
-    def send(self, header: bytes, buffer: Bytes | None) -> None:
-        """See `Peer`."""
-        frames: list[Bytes] = [self.identity, *([b""] if self.delimited else []), header]
-        self._router.send(frames if buffer is None else [*frames, buffer])
-
-
-class Router:
-    """The ROUTER socket. It forgets the client that was silent longest when there are too many; that client says hello
-    again."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, limits: Limits) -> None:
-        self._peers: collections.OrderedDict[bytes, RouterPeer] = collections.OrderedDict()
-        self._clients = limits.clients
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 500)
-        self.socket.setsockopt(zmq.SNDHWM, _ZMQ_UNREAD)
-        # Beyond this ZeroMQ closes the connection unheard; below, there is an answer.
-        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * max(limits.buffer_bytes, limits.header_bytes))
-        self.socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
-        self.socket.setsockopt(zmq.IPV6, "[" in address)
-        try:
-            self.socket.bind(address)
-        except zmq.ZMQError as error:
-            self.socket.close(0)
-            raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
-        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-
-    def receive(self) -> tuple[RouterPeer, Bytes, Bytes | None] | None:
-        """The next message, None if there is none. What has no meaning is answered here."""
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return None
-            identity, *parts = frames
-            peer = self._peers.get(identity) or RouterPeer(self, identity)
-            if identity in self._peers:
-                self._peers.move_to_end(identity)
-            peer.delimited = len(parts) > 1 and not parts[0]
-            parts = parts[1:] if peer.delimited else parts
-            problem = None
-            if len(parts) not in (1, 2):
-                problem = f"a message has a header and at most one buffer, this one had {len(parts)} frames"
-            elif not identity.startswith(b"\0"):
-                # Anyone could take over such an id, and with it the hello of the client that had it before.
-                problem = "the routing id of the socket was set; leave that to ZeroMQ"
-            if problem is None:
-                return peer, parts[0], parts[1] if len(parts) == 2 else None
-            refused = refuse(parts[0] if parts else b"", "BAD_MESSAGE", problem)
-            peer.send(encode(refused.reply, encoding_of(parts[0] if parts else b"{")), None)
-
-    def remember(self, peer: Peer) -> None:
-        """Keep a peer that said hello."""
-        if isinstance(peer, RouterPeer) and peer.identity not in self._peers:
-            self._peers[peer.identity] = peer
-            while len(self._peers) > self._clients:
-                self._peers.popitem(last=False)
-
-    def send(self, frames: list[Bytes]) -> None:
-        """Send, or drop what a client does not read."""
-        with contextlib.suppress(zmq.Again):
-            self.socket.send_multipart(frames, zmq.NOBLOCK)
-
-    def close(self) -> None:
-        """Unsent replies have half a second left."""
-        self.socket.close()
 
 
 # ---------------------------------------------------------------------------------------------- threads of this process

@@ -26,8 +26,9 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class ServerTable(Table, frozen=True, kw_only=True):
     """Where the server listens.
 
-    zmq, tcp: addresses; "" for none. secret: what clients have to know, or secret_file: a file with it. insecure: let
-    other computers in without. limits: see `cortexloop.rig.protocol.Limits`.
+    zmq, tcp: addresses; "" for none. secret: what clients have to know, or secret_file: a file with it. It keeps others
+    of the rig's network out by mistake, not by malice: nothing is encrypted. insecure: let other computers in without.
+    limits: see `cortexloop.rig.protocol.Limits`.
     """
 
     zmq: str = "tcp://127.0.0.1:5557"

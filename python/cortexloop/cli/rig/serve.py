@@ -27,8 +27,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a session to a rig until Ctrl-C: a new one, or the one in its folder from where it was."""
-    from cortexloop.realtime.state import ResumeError
     from cortexloop.realtime.journal import JournalError
+    from cortexloop.realtime.state import ResumeError
     from cortexloop.rig.config import load
     from cortexloop.rig.serving import Service, open_session
 

@@ -88,8 +88,8 @@ class DayReport:
         batches: by kind.
         session_s: how long it took, in the world's time.
         requests, resent, repeated: messages; those sent again because no answer came; those that came once more.
-        client_restarts, acquisition_restarts, clock_steps, silences, resumed: mishaps, and how often the experimenter
-            had to let the session go on.
+        server_crashes, client_restarts, acquisition_restarts, clock_steps, silences, resumed: mishaps, and how often
+            the experimenter had to let the session go on.
         packets_lost: messages of the acquisition.
         late_spikes: that came after their window could have been counted.
         steps_found: steps of clocks that the session noticed; a restarted acquisition is one, too.
@@ -99,6 +99,7 @@ class DayReport:
             was no journal to look at.
         onset_error_ms: difference between where the session places an onset and when light came on, by the source of
             the onset: median and largest. Photodiodes see light, flips come before it.
+        onsets_beyond: onsets that are further off than their uncertainty says; has to be 0.
         status: the session's own view at the end.
     """
 
@@ -110,6 +111,7 @@ class DayReport:
     requests: int = 0
     resent: int = 0
     repeated: int = 0
+    server_crashes: int = 0
     client_restarts: int = 0
     acquisition_restarts: int = 0
     clock_steps: int = 0
@@ -122,12 +124,13 @@ class DayReport:
     lost: int | None = None
     steps_found: int | None = None
     onset_error_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    onsets_beyond: int = 0
     status: StatusReply | None = None
 
     @property
     def ok(self) -> bool:
-        """Nothing was lost, nothing was counted wrongly."""
-        return self.wrong == 0 and not self.lost
+        """Nothing was lost, nothing was counted wrongly, no onset was claimed better than it was known."""
+        return self.wrong == 0 and not self.lost and self.onsets_beyond == 0
 
 
 @dataclass(frozen=True)
@@ -140,20 +143,26 @@ class Acknowledged:
     responses: NDArray[np.float32]
 
 
+_ALLOWED_MS = {"photodiode": 0.1, "flip": 0.0}
+"""Between light and an onset, beyond the uncertainty of clocks: a few samples of the acquisition."""
+
+
 def check_journal(
-    folder: Path, acknowledged: Sequence[Acknowledged], light_ns: Mapping[tuple[str, float], int]
-) -> tuple[int, dict[str, tuple[float, float]], int]:
-    """What a session's journal says, against what the rig knows.
+    report: DayReport,
+    folder: Path,
+    acknowledged: Sequence[Acknowledged],
+    light_ns: Mapping[tuple[str, float], int],
+    light_ms: tuple[float, float],
+) -> None:
+    """Enter into a report what a session's journal says, against what the rig knows.
 
     Args:
+        report: gets `lost`, `steps_found`, `onset_error_ms` and `onsets_beyond`.
         folder: of the session.
         acknowledged: all responses that were.
         light_ns: when light came on, by the session's monotonic clock, for each presentation that counted (named by
             `pres_id` and `t_on`: after a crash the same presentation is shown again).
-
-    Returns:
-        how many acknowledged responses are missing or other than they were; errors of onsets, in milliseconds, by their
-        source; how many clock steps the session noticed.
+        light_ms: from flip to light, mean and standard deviation, of which an onset by flip cannot know.
     """
     kept: dict[tuple[str, str], list[tuple[str, NDArray[Any]]]] = {}
     errors: dict[str, list[float]] = {}
@@ -167,8 +176,15 @@ def check_journal(
         elif isinstance(record, ShownEvents):
             for event, found in zip(record.events, record.onsets, strict=True):
                 light = light_ns.get((event.pres_id, float(event.t_on or 0)))
-                if light is not None and found.by != "received":
-                    errors.setdefault(found.by, []).append((found.t_ns - light) / 1e6)
+                if light is None or found.by == "received":
+                    continue
+                error = (found.t_ns - light) / 1e6
+                errors.setdefault(found.by, []).append(error)
+                allowed = found.uncertainty_ns / 1e6 + _ALLOWED_MS.get(found.by, 0.0)
+                if found.by == "flip":
+                    allowed += 6 * light_ms[1]
+                    error += light_ms[0]
+                report.onsets_beyond += abs(error) > allowed
         elif not isinstance(record, BatchMade) and getattr(record, "what", None) == "clock_step":
             steps += 1
     lost = 0
@@ -178,5 +194,5 @@ def check_journal(
             worth == one.status and (worth != "ok" or np.array_equal(row, one.responses)) for worth, row in found_rows
         )
         lost += not same
-    summary = {by: (float(np.median(values)), float(max(values, key=abs))) for by, values in errors.items()}
-    return lost, summary, steps
+    report.lost, report.steps_found = lost, steps
+    report.onset_error_ms = {by: (float(np.median(e)), float(max(e, key=abs))) for by, e in errors.items()}

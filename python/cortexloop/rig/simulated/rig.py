@@ -172,6 +172,7 @@ class SimulatedRig:
             self._last_word = self._world.now_ns()
             if isinstance(reply, m.Error) and reply.code == "NO_HELLO" and not isinstance(request, m.Hello):
                 self._greet()
+                self._last_sync = None  # another server, which has not heard of the clocks yet
                 continue
             return reply, raw
         raise RefusedError(f"no answer to a {type(request).__name__.lower()} that was sent {_ATTEMPTS} times")
@@ -217,8 +218,10 @@ class SimulatedRig:
 
     def _ask(self, after: str | None) -> tuple[m.Batch, NDArray[np.uint8]] | None:
         """The next batch and its images; None when the session is over."""
+        # While nothing is shown yet, there is nothing to keep up with.
+        within_ms = 10_000.0 if after is None else None
         for _ in range(10 * _ATTEMPTS):
-            reply, raw = self._send(m.Ask(id=self._id(), after=after))
+            reply, raw = self._send(m.Ask(id=self._id(), after=after, within_ms=within_ms))
             if isinstance(reply, m.Batch):
                 assert raw is not None
                 self.report.batches[reply.kind] = self.report.batches.get(reply.kind, 0) + 1
@@ -328,14 +331,15 @@ class SimulatedRig:
             if event.outcome != "ok":
                 self._scores.discard(batch, event.pres_id)
             self.report.presentations[event.outcome] = self.report.presentations.get(event.outcome, 0) + 1
+        if self._unsure:
+            self._sync()  # a step of the display's clock has to be known before its flip times are believed
         self._request(m.Shown(id=self._id(), events=events), m.Ack)
         self._place_by_flips()
 
     def _place_by_flips(self) -> None:
-        """Onsets without a photodiode: by flip time, once another burst of exchanges shows that no clock stepped."""
+        """Onsets without a photodiode: by flip time, after a burst of exchanges."""
         if not self._unsure:
             return
-        self._sync()
         now = self._world.now_ns()
         acquisition = self._clocks["acquisition"].mapping
         assert acquisition is not None
