@@ -210,3 +210,32 @@ def test_names_end_where_they_end():
         msgspec.convert({"type": "resume", "id": "7\n"}, m.Resume)
     with pytest.raises(msgspec.ValidationError, match="stale_after_s"):
         msgspec.convert({"session": "a", "streams": [{"name": "x"}], "stale_after_s": float("inf")}, SessionSettings)
+
+
+def test_images_that_cannot_be_rendered_again_are_a_fault_of_their_stream(tmp_path: Path):
+    """And what was told is acknowledged."""
+
+    class Once(FixedImages):
+        rendered = False
+
+        def propose(self, decision: Any = None) -> Any:
+            found = super().propose()
+            assert found is not None
+            if not self.rendered:
+                self.rendered = True
+                return found
+
+            def render() -> Any:
+                raise OSError("no such file: \udcff.png")
+
+            return type(found)(found.count, render)
+
+    made = Once(pictures(4), per_batch=2)
+    made.max_open = 1
+    with Rig(tmp_path, lambda: {"set": made}, settings("set")).create() as session:
+        loop = Loop(session)
+        batch, _ = loop.ask()
+        assert loop.tell(batch, [1.0, 2.0]).accepted == 2
+        with pytest.raises(RequestError, match=r"FAULT: stream 'set': OSError: no such file: \\udcff.png"):
+            loop.ask()
+        assert msgspec.json.encode(session.status())

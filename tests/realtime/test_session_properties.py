@@ -324,7 +324,7 @@ def steps(kinds: tuple[str, ...]) -> st.SearchStrategy[list[tuple[str, int, int]
     return st.lists(st.tuples(st.sampled_from(kinds), st.integers(0, 20), st.integers(0, 20)), min_size=50, max_size=90)
 
 
-LIMITS = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck), derandomize=True)
+LIMITS = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @LIMITS

@@ -479,9 +479,6 @@ class Session:
             self._watch_links()
         except (JournalError, ResumeError) as error:
             self.known.fault = str(error)
-        except Exception as error:  # whatever a source comes up with; the rig is told, and the server goes on
-            log.exception("what the sources did cannot be taken over")
-            self.known.fault = f"{type(error).__name__}: {error}"
         replies = []
         now = self.now_ns()
         for client, waiting in list(self._waiting.items()):
@@ -536,11 +533,24 @@ class Session:
             return
         written = False
         for stream in self.known.streams.values():
+            written = self._follow_up_stream(stream) or written
+            if self.known.fault is not None:
+                return
+        if written:
+            self._sync()
+
+    def _follow_up_stream(self, stream: Stream) -> bool:
+        """The same for one stream; whether anything was written that is not synced."""
+        written = False
+        try:
             for current in stream.open:
                 written = self._repair(stream, current) or written
             self._start_job(stream)
-        if written:
-            self._sync()
+        except (JournalError, ResumeError):
+            raise
+        except Exception as error:  # its source cannot render again what is missing
+            self._fail(stream, error)
+        return written
 
     def _repair(self, stream: Stream, current: Round) -> bool:
         """Show the missing images of a round again, or say that it stalls; whether anything was written."""
@@ -593,15 +603,27 @@ class Session:
                 error = job.exception()
                 if isinstance(error, JournalError):
                     raise error
+                if error is None:
+                    try:
+                        self._take_over(stream, job.result())
+                    except (JournalError, ResumeError):
+                        raise
+                    except Exception as unrecorded:  # a decision that is no plain data, a record that is too large
+                        error = unrecorded
                 if error is not None:
-                    text = f"stream {stream.name!r}: {type(error).__name__}: {error}"
-                    self._write(self._control("fault", text, stream=stream.name))
-                    self._sync()
+                    self._fail(stream, error)
                     return
-                self._take_over(stream, job.result())
                 progress = True
             if progress:
                 self._follow_up()
+
+    def _fail(self, stream: Stream, error: BaseException) -> None:
+        """Whatever a source comes up with: no more is asked of it before a restart; responses are still recorded."""
+        log.error("stream %r failed", stream.name, exc_info=error)
+        text = f"stream {stream.name!r}: {type(error).__name__}: {error}"
+        text = text.encode("utf-8", "backslashreplace").decode()  # names of files may be in there
+        self._write(self._control("fault", text, stream=stream.name))
+        self._sync()
 
     def _take_over(self, stream: Stream, done: Advance) -> None:
         """Record what a job has done."""

@@ -212,6 +212,8 @@ class RigClient:
                 reply, pixels = self.request(header)
                 if reply["first"] == header["part"] * first["shape"][0]:  # not an earlier part that came twice
                     break
+            else:
+                raise RigTimeout(f"part {header['part']} of batch {first['batch_id']} was asked for, others came")
             if reply["batch_id"] != first["batch_id"]:  # the server was restarted meanwhile
                 return self.ask(after, within_ms=within_ms, max_items=max_items, need=need)
             parts += pixels

@@ -312,10 +312,13 @@ class Server:
 
 def _send(peer: Peer, encoding: Encoding, answer: Answer) -> None:
     reply, buffer = answer
-    if isinstance(peer, LocalPeer):
-        peer.deliver(reply, buffer)
-    else:
-        peer.send(encode(reply, encoding), buffer)
+    try:
+        if isinstance(peer, LocalPeer):
+            peer.deliver(reply, buffer)
+        else:
+            peer.send(encode(reply, encoding), buffer)
+    except Exception:  # a reply that is too large for its transport, for example; the others have theirs
+        log.exception("a %s cannot be sent to client %r", type(reply).__name__, peer.client)
 
 
 def split_address(address: str) -> tuple[str, int]:
