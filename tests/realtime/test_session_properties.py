@@ -355,7 +355,5 @@ def test_whatever_happens_the_batches_are_the_same(seed: int, streams: int, step
 
 @LIMITS
 @given(st.integers(0, 5), st.integers(2, 3), steps((*GENTLE, "abort", "abort", "tell final")))
-def test_presentations_may_be_aborted_or_given_up_at_any_time(
-    seed: int, streams: int, steps: list[tuple[str, int, int]]
-):
+def test_presentations_may_be_given_up_at_any_time(seed: int, streams: int, steps: list[tuple[str, int, int]]):
     disturbed(seed, streams, steps, lambda world: None)
