@@ -7,6 +7,7 @@ import logging
 import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,48 @@ def test_a_session_that_fails_while_nobody_asks_does_not_end_the_server(caplog: 
         for _ in range(20):
             rig.heartbeat()
     assert 1 <= len(caplog.records) <= 3
+
+
+def test_a_tick_that_fails_does_not_end_the_server(caplog: pytest.LogCaptureFixture):
+    def failing() -> None:
+        raise BrokenPipeError("the terminal was closed")
+
+    with caplog.at_level(logging.ERROR), serving(FakeSession(), tick=failing) as server, client(server) as rig:
+        rig.heartbeat()
+    assert "the terminal was closed" in caplog.text
+
+
+def test_a_reply_that_cannot_be_sent_does_not_end_the_server(caplog: pytest.LogCaptureFixture):
+    def answer(client: str, request: m.Request, buffer: Any) -> Any:
+        if isinstance(request, m.StatusRequest):
+            return m.Error(id=request.id, code="FAULT", text="\udcff"), None
+        return m.Ack(id=request.id), None
+
+    with caplog.at_level(logging.ERROR), serving(FakeSession(answer)) as server, client(server) as rig:
+        rig.timeout, rig.retries = 0.2, 0
+        with pytest.raises(RigTimeout):
+            rig.status()
+        rig.timeout = 5.0
+        rig.heartbeat()
+    assert "cannot be sent" in caplog.text
+
+
+def test_a_waiting_ask_hears_of_a_pause(tmp_path: Path):
+    with (
+        make_session(tmp_path, n=4) as session,
+        serving(session) as server,
+        client(server) as display,
+        client(server) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        batch = display.ask()
+        waits = pool.submit(display.ask, batch, within_ms=20_000)
+        deadline = time.monotonic() + 10
+        while not session._waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        other.pause("a break")
+        with pytest.raises(RigError, match="a break"):
+            waits.result(30)
 
 
 def test_a_refusal_of_the_session_is_an_error():
