@@ -12,6 +12,7 @@ from sessions import Rig, evolution, pictures, responses, run, sets, settings
 
 from cortexloop.realtime import SessionSettings
 from cortexloop.realtime import messages as m
+from cortexloop.realtime.source import Proposal
 from cortexloop.realtime.sources import FixedImages
 from cortexloop.realtime.state import FILLERS_KEPT
 from cortexloop.rig.inprocess import Loop, RequestError
@@ -239,3 +240,13 @@ def test_images_that_cannot_be_rendered_again_are_a_fault_of_their_stream(tmp_pa
         with pytest.raises(RequestError, match=r"FAULT: stream 'set': OSError: no such file: \\udcff.png"):
             loop.ask()
         assert msgspec.json.encode(session.status())
+
+
+def test_a_proposal_without_images_is_a_fault(tmp_path: Path):
+    class Empty(FixedImages):
+        def propose(self, decision: Any = None) -> Any:
+            return Proposal(count=0, render=lambda: pictures(0))
+
+    with Rig(tmp_path, lambda: {"set": Empty(pictures(4), per_batch=2)}, settings("set")).create() as session:
+        session.poll()
+        assert "at least one image, or None when there are no more" in session.status().text

@@ -89,8 +89,10 @@ def check_images(images: Images, count: int, size: tuple[int, int]) -> Images:
     """The images, in C order.
 
     Raises:
-        ValueError: not uint8 [count, *size, 3].
+        ValueError: not uint8 [count, *size, 3], or none at all.
     """
+    if count < 1:
+        raise ValueError(f"a source proposes at least one image, or None when there are no more; got {count}")
     if images.dtype != np.uint8 or images.shape != (count, *size, 3):
         raise ValueError(
             f"a source announced {count} images uint8 [{count}, {size[0]}, {size[1]}, 3] and rendered "

@@ -187,8 +187,8 @@ class Session:
         clock: Clock,
         executor: Executor | None,
     ) -> Session:
-        with _released(journal):
-            pixels = PixelStore(journal.path.parent, start.image_shape)
+        with _released(journal), contextlib.ExitStack() as opened_files:
+            pixels = opened_files.enter_context(PixelStore(journal.path.parent, start.image_shape))
             session = cls(journal, pixels, start, state, references, clock, executor)
             if len(references):
                 pixels.put(references)
@@ -199,6 +199,7 @@ class Session:
             session._write(opened)
             session._sync()
             session._follow_up()
+            opened_files.pop_all()
         return session
 
     def close(self) -> None:
