@@ -40,6 +40,7 @@ WORSE = dataclasses.replace(
     no_diode=0.1,
     lost_packets=0.002,
     lost_messages=0.05,
+    server_crashes=0.01,
     repeated_messages=0.05,
     slow_every=2,
     clock_step_every=3,
@@ -173,17 +174,30 @@ def small(generations, seed=0):
 
 
 def learning(session):
-    """The same, and what its source will be told."""
+    """The same, what its source will be told, and how to make it anew."""
     learned = []
-    source = session[1]["evolution"]
-    learn = source.learn
 
-    def note(scores, responses):
-        learned.append(scores)
-        learn(scores, responses)
+    def noting(source):
+        learned.clear()  # a new one is told everything again
+        learn = source.learn
 
-    source.learn = note
-    return session, learned
+        def note(scores, responses):
+            learned.append(scores)
+            learn(scores, responses)
+
+        source.learn = note
+        return {"evolution": source}
+
+    settings, sources, references = session
+    origin = sources["evolution"]
+    noting(origin)
+
+    def again():
+        generations, population, seed = origin.generations, origin.optimiser.population, origin.optimiser.seed
+        fresh = example(generations=generations, population=population, references=0, seed=seed)[1]
+        return noting(fresh["evolution"])
+
+    return (settings, sources, references), learned, again
 
 
 def assert_learned(learned, found):
@@ -208,7 +222,7 @@ def resumed(folder, session):
 def test_a_good_day(tmp_path, bank):
     rows = []
     neurons = Neurons(bank)
-    session, learned = learning(small(3))
+    session, learned, _ = learning(small(3))
     found = simulate(tmp_path / "s", *session, neurons, QUICK, seed=1, on_generation=rows.append)
     assert found.ok
     assert_learned(learned, found)
@@ -229,8 +243,8 @@ def test_a_good_day(tmp_path, bank):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_bad_day_loses_nothing(tmp_path, bank, seed):
-    session, learned = learning(small(6))
-    found = simulate(tmp_path / "s", *session, Neurons(bank), WORSE, seed=seed)
+    session, learned, again = learning(small(6))
+    found = simulate(tmp_path / "s", *session, Neurons(bank), WORSE, seed=seed, sources_again=again)
     assert_learned(learned, found)
     assert found.lost == 0
     assert found.wrong == 0
@@ -238,7 +252,15 @@ def test_a_bad_day_loses_nothing(tmp_path, bank, seed):
     assert found.status.state == "finished"
     assert found.status.streams[0].generation == 6
     # everything did happen
-    for happened in ("resent", "repeated", "client_restarts", "acquisition_restarts", "clock_steps", "silences"):
+    for happened in (
+        "server_crashes",
+        "resent",
+        "repeated",
+        "client_restarts",
+        "acquisition_restarts",
+        "clock_steps",
+        "silences",
+    ):
         assert getattr(found, happened) > 0, happened
     assert found.packets_lost > 0
     assert found.responses["gap"] > 0

@@ -17,6 +17,8 @@ from cortexloop.realtime.settings import SessionSettings
 from cortexloop.realtime.source import Images, Source, sha256
 from cortexloop.realtime.state import ResumeError, SessionState
 
+LARGEST = 1e30
+"""Of a response's absolute value: float32 has it, and means and sums of squares stay finite."""
 OWN_NAMES = ("filler", "ref")
 
 
@@ -137,10 +139,12 @@ def check_tell(state: SessionState, tell: m.Tell, buffer: bytes | memoryview | N
             )
     values = np.frombuffer(buffer or b"", dtype).reshape(rows, units)
     counts = np.array([status == "ok" for status in tell.status or ["ok"] * rows], bool)
-    bad = np.flatnonzero(counts & ~np.isfinite(values).all(axis=1))
+    bad = np.flatnonzero(counts & ~(np.abs(values) <= LARGEST).all(axis=1))
     if len(bad):
         raise m.Refusal(
-            "NAN", f"the response to {tell.item_ids[bad[0]]!r} is NaN or infinite; give its status as missing instead"
+            "NAN",
+            f"the response to {tell.item_ids[bad[0]]!r} is NaN or infinite or beyond {LARGEST:g}; give its status as "
+            "missing instead",
         )
     if counts.any() and not batch.closed:
         _check_units(state, batch, tell)

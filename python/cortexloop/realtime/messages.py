@@ -16,7 +16,7 @@ from msgspec import Meta
 VERSION = 1
 """Of the protocol. A client says which versions it speaks, a server answers with the one that counts."""
 
-Id = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._:\-]+$")]
+Id = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._:\-]+\Z")]
 """Chosen by the client, different for each request; a request that is sent again keeps it."""
 Text = Annotated[str, Meta(max_length=4000)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -48,8 +48,8 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
 
     id: Id
     client: Name
-    roles: list[Literal["display", "acquisition", "viewer"]] = []
-    versions: list[int] = msgspec.field(default_factory=lambda: [VERSION])
+    roles: Annotated[list[Literal["display", "acquisition", "viewer"]], Meta(max_length=10)] = []
+    versions: Annotated[list[int], Meta(max_length=100)] = msgspec.field(default_factory=lambda: [VERSION])
     secret: Text | None = None
 
 

@@ -124,6 +124,8 @@ class ShownEvents(_Record, frozen=True, kw_only=True, tag="shown"):
     client: str
     events: list[Event]
     onsets: list[OnsetFound]
+    late: list[str] = []
+    """Presentations that went wrong, which was heard only when their source was learning from them already."""
 
 
 class Told(_Record, frozen=True, kw_only=True, tag="tell"):

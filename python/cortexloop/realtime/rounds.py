@@ -5,7 +5,7 @@ All of it follows from the records of the journal in their order, and from nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -79,8 +79,6 @@ class BatchState:
         if self.closed:
             return 0, [Ignored(item_id=item, why="late") for item in tell.item_ids]
         status = tell.status or ["ok"] * len(tell.item_ids)
-        if self.units is None and "ok" in status:
-            self.units = tuple(tell.units)
         accepted, ignored = 0, []
         for row, presentations in self._presentations_of_rows(tell):
             fresh = [pres for pres in presentations if pres not in self.told]
@@ -88,6 +86,8 @@ class BatchState:
                 in_vain = bool(presentations) and all(self.told[pres] is None for pres in presentations)
                 ignored.append(Ignored(item_id=tell.item_ids[row], why="not_ok" if in_vain else "duplicate"))
                 continue
+            if self.units is None and status[row] == "ok":
+                self.units = tuple(tell.units)
             for pres in fresh:
                 self.told[pres] = responses[row].copy() if status[row] == "ok" else None
             accepted += 1
@@ -117,13 +117,13 @@ class BatchState:
             for position, row in enumerate(rows):
                 yield row, waiting[position : position + 1] or every
 
-    def note(self, events: Sequence[Event]) -> tuple[int, list[Ignored]]:
-        """Presentations that went wrong do not count, whatever was or will be told of them."""
+    def note(self, events: Sequence[Event], late: Collection[str] = ()) -> tuple[int, list[Ignored]]:
+        """Presentations that went wrong do not count, whatever was or will be told of them; but for the late ones."""
         accepted, ignored = 0, []
         for event in events:
             if event.outcome == "ok":
                 accepted += 1
-            elif self.closed:
+            elif self.closed or event.pres_id in late:
                 ignored.append(Ignored(item_id=event.pres_id, why="late"))
             else:
                 self.told[event.pres_id] = None

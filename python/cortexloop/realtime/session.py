@@ -10,6 +10,7 @@ One thread calls `handle` and `poll`. Learning, proposing and rendering run besi
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,14 +31,18 @@ from cortexloop.realtime.pixels import PixelStore
 from cortexloop.realtime.rounds import BatchState, Round
 from cortexloop.realtime.settings import SessionSettings
 from cortexloop.realtime.source import Images, Source
-from cortexloop.realtime.state import ResumeError, SessionState, Stream
+from cortexloop.realtime.state import ResumeError, SessionState, Stream, content
 from cortexloop.realtime.status import Client, environment, report
 from cortexloop.realtime.timing import ClockEstimator, onset
 
 __all__ = ["Outgoing", "ResumeError", "Session"]
 
+log = logging.getLogger("cortexloop.realtime")
+
 ANSWERS_KEPT = 10_000
 """Answers to asks that are remembered for when they are sent again."""
+CLIENTS_KEPT = 100
+"""More are forgotten once they are lost, those that said hello first before others."""
 
 R = TypeVar("R", bound=r.Record)
 
@@ -80,11 +85,13 @@ class Session:
         self._journal, self._pixels, self._start, self._clock = journal, pixels, start, clock
         self._own_executor = executor is None
         self._executor = executor or ThreadPoolExecutor(1, "cortexloop-sources")
-        self._asked: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._asked: OrderedDict[tuple[str, str, str | None], str] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
         self._uncertain: set[str] = set()
         self._images: dict[str, Images] = {}
         self._closed = False
+        self._changed = False
+        """Since the waiting asks were looked at."""
 
     # ------------------------------------------------------------------------------------------ beginning and end
 
@@ -245,6 +252,7 @@ class Session:
             return Outgoing(refusal.to(id))
         except (JournalError, ResumeError) as error:
             self.known.fault = str(error)  # from here on nothing happens that would go unrecorded
+            self._changed = True
             return Outgoing(m.Refusal("FAULT", str(error)).to(id))
 
     def _handle(self, client: str, request: m.Request, buffer: bytes | memoryview | None) -> Outgoing | None:
@@ -265,12 +273,16 @@ class Session:
             raise m.Refusal("FAULT", f"nothing can be recorded: {self.known.fault}")
         earlier = self.known.acks.get(request.id)
         if earlier is not None:
+            if self.known.contents[request.id] != content(request, buffer):
+                text = f"id {request.id!r} was used for another request already; every request needs an id of its own"
+                raise m.Refusal("BAD_MESSAGE", text)
             return Outgoing(m.Ack(id=earlier.id, accepted=earlier.accepted, ignored=earlier.ignored, dup=True))
         if self.known.stopped:
             raise m.Refusal("FINISHED", "the session was stopped; nothing more is recorded")
         record = self._record_of(self._name(client), request, buffer)
         self._journal.append(record)
         self._sync()
+        self._changed = True
         self.known.apply(record)
         self._follow_up()
         return Outgoing(self.known.acks[request.id])
@@ -287,7 +299,10 @@ class Session:
                 return self._stamp(r.Told, client=client, header=request, responses=responses)
             case m.Shown():
                 onsets = [self._onset(event) for event in request.events]
-                return self._stamp(r.ShownEvents, id=request.id, client=client, events=request.events, onsets=onsets)
+                late = [event.pres_id for event in request.events if event.outcome != "ok" and self._learned(event)]
+                return self._stamp(
+                    r.ShownEvents, id=request.id, client=client, events=request.events, onsets=onsets, late=late
+                )
             case m.ClockReport():
                 return self._clock_record(client, request)
             case m.Note():
@@ -309,6 +324,11 @@ class Session:
         return r.OnsetFound(
             t_ns=found.t_ns, by=found.by, uncertainty_ns=found.uncertainty_ns, problems=list(found.problems)
         )
+
+    def _learned(self, event: m.Event) -> bool:
+        """Whether a source is learning from a presentation just now, and so what is known of it must stay."""
+        batch = self.known.batch_of_presentation(event.pres_id)
+        return any(x.learning is not None and batch in x.learning.batches for x in self.known.streams.values())
 
     def _clock_record(self, client: str, request: m.ClockReport) -> r.ClockMapping:
         """Exchanges with a clock and what follows from them; warnings go before it."""
@@ -337,7 +357,11 @@ class Session:
         )
 
     def _hello(self, client: str, hello: m.Hello) -> m.Welcome:
+        self.clients.pop(client, None)
         self.clients[client] = Client(hello.client, list(hello.roles), self.now_ns())
+        lost = [name for name, known in self.clients.items() if known.lost]
+        for name in lost[: max(0, len(self.clients) - CLIENTS_KEPT)]:
+            self.forget(name)
         current = next((batch for batch in self.known.open_batches() if batch.served), None)
         return m.Welcome(
             id=hello.id,
@@ -355,7 +379,7 @@ class Session:
     # ------------------------------------------------------------------------------------------ asks
 
     def _ask(self, client: str, ask: m.Ask) -> Outgoing | None:
-        answered = self._asked.get((client, ask.id))
+        answered = self._asked.get((client, ask.id, ask.after))
         if answered is not None:
             return self._serve(client, ask, self.known.by_id[answered])
         self._collect()
@@ -363,9 +387,9 @@ class Session:
             raise m.Refusal("STALE_BATCH", f"there is no batch {ask.after!r} in session {self.settings.session!r}")
         now = self.now_ns()
         within = self.settings.within_ms if ask.within_ms is None else ask.within_ms
-        earlier = self._waiting.pop(client, None)
-        if earlier is not None and earlier.ask.id == ask.id:
-            waiting = earlier
+        waiting = self._waiting.get(client)
+        if waiting is not None and waiting.ask.id == ask.id:
+            del self._waiting[client]
         else:
             waiting = Waiting(client, ask, now, now + round(within * 1e6))
         answer = self._answer(waiting, now)
@@ -398,7 +422,7 @@ class Session:
         if first >= items:
             raise m.Refusal("BAD_SHAPE", f"batch {made.batch_id!r} has {items} items, part {ask.part} is empty")
         pixels = None if ask.need == "header" else self.images_of(made.batch_id)[first:last].data.cast("B")
-        self._asked[client, ask.id] = made.batch_id
+        self._asked[client, ask.id, ask.after] = made.batch_id
         while len(self._asked) > ANSWERS_KEPT:
             self._asked.popitem(last=False)
         if not batch.served and not self._journal.failed:
@@ -426,32 +450,46 @@ class Session:
             KeyError: no such batch.
             ResumeError: its pixels were lost in a crash, and its source now renders others.
         """
-        if batch_id not in self._images:
-            made = self.known.by_id[batch_id].made
-            if not all(self._pixels.has(sha) for sha in made.shas):
-                for stream in self.known.streams.values():
-                    for proposal in stream.proposals:
-                        self._pixels.put(check_images(proposal.render(), proposal.count, stream.source.size))
-            lost = [x.item_id for x, sha in zip(made.items, made.shas, strict=True) if not self._pixels.has(sha)]
-            if lost:
-                raise ResumeError(
-                    f"the pixels of {checks.few(lost)} are not in the session's folder, and their source now renders "
-                    "others (another GPU or version?)"
-                )
-            self._images[batch_id] = np.stack([self._pixels.get(sha) for sha in made.shas])
+        if batch_id in self._images:
+            return self._images[batch_id]
+        made = self.known.by_id[batch_id].made
+        if made.batch_kind == "filler":
+            return self._stored(made)
+        self._images[batch_id] = self._stored(made)
         return self._images[batch_id]
+
+    def _stored(self, made: r.BatchMade) -> Images:
+        if not all(self._pixels.has(sha) for sha in made.shas):
+            for stream in self.known.streams.values():
+                for proposal in stream.proposals:
+                    self._pixels.put(check_images(proposal.render(), proposal.count, stream.source.size))
+        lost = [x.item_id for x, sha in zip(made.items, made.shas, strict=True) if not self._pixels.has(sha)]
+        if lost:
+            raise ResumeError(
+                f"the pixels of {checks.few(lost)} are not in the session's folder, and their source now renders "
+                "others (another GPU or version?)"
+            )
+        return np.stack([self._pixels.get(sha) for sha in made.shas])
 
     def poll(self) -> list[tuple[str, Outgoing]]:
         """Collect what the sources have done, and answer the asks that waited for it or have waited long enough."""
+        self._changed = False
         try:
             self._collect()
             self._watch_links()
         except (JournalError, ResumeError) as error:
             self.known.fault = str(error)
+        except Exception as error:  # whatever a source comes up with; the rig is told, and the server goes on
+            log.exception("what the sources did cannot be taken over")
+            self.known.fault = f"{type(error).__name__}: {error}"
         replies = []
         now = self.now_ns()
         for client, waiting in list(self._waiting.items()):
-            answer = self._answering(waiting.ask.id, lambda waiting=waiting: self._answer(waiting, now))  # type: ignore[misc]
+            try:
+                answer = self._answering(waiting.ask.id, lambda waiting=waiting: self._answer(waiting, now))  # type: ignore[misc]
+            except Exception as error:
+                log.exception("an ask of client %r failed", client)
+                answer = Outgoing(m.Refusal("FAULT", f"{type(error).__name__}: {error}").to(waiting.ask.id))
             if answer is not None:
                 del self._waiting[client]
                 replies.append((client, answer))
@@ -461,6 +499,8 @@ class Session:
         """When `poll` has something to do, by the session's monotonic clock; None: only after `wake`."""
         stale = round(self.settings.stale_after_s * 1e9)
         times = [waiting.deadline_ns for waiting in self._waiting.values()]
+        if times and self._changed:
+            return self.now_ns()
         times += [client.heard_ns + stale for client in self.clients.values() if not client.lost]
         return min(times, default=None)
 
@@ -513,7 +553,7 @@ class Session:
             self._images[name] = self.images_of(first)[places]
             self._write(self._made(name, stream.name, current.generation, "repair", chosen, counts, repairs=first))
             return True
-        if current.fraction() >= self.settings.min_fraction:
+        if current is not stream.open[0] or current.fraction() >= self.settings.min_fraction:
             return False
         text = (
             f"generation {current.generation} of {stream.name!r} has responses for {current.fraction():.0%} of its "
@@ -532,6 +572,7 @@ class Session:
         propose = room and not stream.finished
         if lesson is None and not propose:
             return
+        stream.learning = None if lesson is None else stream.open[0]
         stream.job = self._executor.submit(advance, stream.source, lesson, propose, self._pixels)
         stream.job.add_done_callback(self._job_done)
 
@@ -548,7 +589,7 @@ class Session:
             for stream in self.known.streams.values():
                 if stream.job is None or not stream.job.done() or stream.job.cancelled():
                     continue
-                job, stream.job = stream.job, None
+                job, stream.job, stream.learning = stream.job, None, None
                 error = job.exception()
                 if isinstance(error, JournalError):
                     raise error

@@ -9,13 +9,13 @@ from msgspec import Meta
 
 from cortexloop.realtime.messages import Name
 
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
 
 
 class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One stream. units: whose mean response is the score of an image; all units that are told if empty."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9_\-]+$")]
+    name: Annotated[str, Meta(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9_\-]+\Z")]
     units: list[Name] = []
 
 
@@ -31,7 +31,7 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     for one that counts seconds, 33333.333 for samples at 30 kHz.
     """
 
-    session: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._\-]+$")]
+    session: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._\-]+\Z")]
     streams: Annotated[list[StreamSettings], Meta(min_length=1)]
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     repeats: Annotated[int, Meta(ge=1, le=100)] = 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from cortexloop.realtime import messages as m
@@ -19,6 +22,11 @@ from cortexloop.realtime.timing import ClockEstimator
 
 BEST = 8
 """How many of the best images are remembered, to be shown as fillers."""
+FILLERS_KEPT = 100
+"""Of the fillers that nobody tells of, the last ones; what comes of earlier ones is late."""
+
+
+_ENCODER = msgspec.msgpack.Encoder()
 
 
 class ResumeError(RuntimeError):
@@ -35,6 +43,8 @@ class Stream:
     proposals: list[Proposal] = field(default_factory=list)
     """Of the rounds that are not learned yet, oldest first."""
     job: Future[Advance] | None = None
+    learning: Round | None = None
+    """What the job learns from: its responses do not change any more."""
     finished: bool = False
     """The source has no more to show."""
     stalled: bool = False
@@ -97,10 +107,13 @@ class SessionState:
         self.batches: list[BatchState] = []
         """In the order in which they are shown."""
         self.by_id: dict[str, BatchState] = {}
+        self._fillers: deque[BatchState] = deque()
         self.streams = {s.name: Stream(s, sources[s.name]) for s in settings.streams}
         self.clocks: dict[str, ClockEstimator] = {}
         self.acks: dict[str, m.Ack] = {}
         """What was answered to each request that took effect."""
+        self.contents: dict[str, bytes] = {}
+        """What each of them said, by `content`."""
         self.stopped = False
         self.paused: str | None = None
         self.fault: str | None = None
@@ -132,11 +145,11 @@ class SessionState:
             return self.fault or ""
         if state == "finished":
             return "the session was stopped" if self.stopped else "every stream has shown and learned all it had"
-        if state != "paused":
-            return ""
         if self.paused is not None:
             return f"the session is paused: {self.paused or 'no reason was given'}; send resume to go on"
         names = ", ".join(repr(stream.name) for stream in self.streams.values() if stream.stalled)
+        if not names:
+            return ""
         return f"too few responses came for stream {names}; send resume to show the missing images again"
 
     def next_batch(self, after: str | None) -> BatchState | None:
@@ -186,7 +199,7 @@ class SessionState:
             case r.ShownEvents():
                 accepted, ignored = 0, []
                 for event in record.events:
-                    taken, left = self.batch_of_presentation(event.pres_id).note([event])
+                    taken, left = self.batch_of_presentation(event.pres_id).note([event], record.late)
                     accepted += taken
                     ignored += left
                 self.acks[record.id] = m.Ack(id=record.id, accepted=accepted, ignored=ignored)
@@ -197,11 +210,17 @@ class SessionState:
                 self.acks[record.id] = m.Ack(id=record.id, accepted=len(record.exchanges))
             case r.Control():
                 self._apply_control(record)
+        request = _request_of(record)
+        if request is not None:
+            self.contents[request.id] = content(request, record.responses.data if isinstance(record, r.Told) else None)
 
     def _apply_batch(self, made: r.BatchMade) -> None:
         batch = BatchState(made, len(self.batches))
         if made.stream is None:
             self.counts["fillers"] += 1
+            self._fillers.append(batch)
+            if len(self._fillers) > FILLERS_KEPT:
+                self._fillers.popleft().close()
         else:
             stream = self.streams[made.stream]
             if made.batch_kind == "gen":
@@ -277,6 +296,33 @@ class SessionState:
                     self.fault = record.text
         if record.id is not None:
             self.acks[record.id] = m.Ack(id=record.id, accepted=1)
+
+
+def content(request: m.Request, buffer: bytes | memoryview | None) -> bytes:
+    """What tells a request that is sent again from another one under the same id."""
+    found = hashlib.blake2b(_ENCODER.encode(request), digest_size=16)
+    found.update(buffer or b"")
+    return found.digest()
+
+
+def _request_of(record: r.Record) -> m.Request | None:
+    """The request that a record came of, None if it came of none."""
+    match record:
+        case r.Told():
+            return record.header
+        case r.ShownEvents():
+            return m.Shown(id=record.id, events=record.events)
+        case r.ClockMapping():
+            return m.ClockReport(id=record.id, clock=record.clock, exchanges=record.exchanges)
+        case r.Control(id=str(id), what="note"):
+            return m.Note(id=id, text=record.text)
+        case r.Control(id=str(id), what="pause"):
+            return m.Pause(id=id, reason=record.text)
+        case r.Control(id=str(id), what="resume"):
+            return m.Resume(id=id)
+        case r.Control(id=str(id), what="stop"):
+            return m.Stop(id=id, reason=record.text)
+    return None
 
 
 def _propose_again(stream: Stream, made: r.BatchMade, count: int) -> Proposal:

@@ -409,13 +409,12 @@ def in_ns(value: Number, ns_per_unit: float) -> int:
     """A raw time in nanoseconds; integers of a clock that counts nanoseconds stay exact.
 
     Raises:
-        ValueError: not a finite number.
+        ValueError: not a number, or one beyond 64 bits.
     """
-    if isinstance(value, int) and ns_per_unit == int(ns_per_unit):
-        return value * int(ns_per_unit)
-    if not math.isfinite(value):
-        raise ValueError(f"a time should be a finite number, got {value}")
-    return round(value * ns_per_unit)
+    if not abs(value * ns_per_unit) < 2.0**63:  # also NaN
+        raise ValueError(f"a time should be a finite number below 2^63 nanoseconds (292 years), got {value}")
+    exact = isinstance(value, int) and ns_per_unit == int(ns_per_unit)
+    return round(value * int(ns_per_unit)) if exact else round(value * ns_per_unit)
 
 
 class Watermark:

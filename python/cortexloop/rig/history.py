@@ -142,10 +142,11 @@ class History:
             if batch is None:
                 continue
             known = batch.events.get(event.pres_id)
-            if known is None or (known.event.outcome == "ok" and event.outcome != "ok" and not batch.state.closed):
+            late = batch.state.closed or event.pres_id in record.late
+            if known is None or (known.event.outcome == "ok" and event.outcome != "ok" and not late):
                 onset = record.onsets[position] if position < len(record.onsets) else None
                 batch.events[event.pres_id] = Report(event, onset, record)
-            batch.state.note([event])
+            batch.state.note([event], record.late)
 
     def _add_tell(self, record: Told) -> None:
         batch = self.batches.get(record.header.batch_id)

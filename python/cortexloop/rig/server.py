@@ -171,7 +171,10 @@ class Server:
             while not self._stopping:
                 if self._tick is not None and time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + self._tick_s
-                    self._tick()
+                    try:
+                        self._tick()
+                    except Exception:  # a terminal that was closed, for example
+                        log.exception("what is called every %g s failed", self._tick_s)
                 if self._listener is not None:
                     self._listener.tidy(poller)
                 ready = dict(poller.poll(self._timeout_ms(next_tick)))
@@ -274,6 +277,9 @@ class Server:
             text = f"the server failed at this {type(request).__name__.lower()}; its log says more"
             answer = (Error(id=request.id, code="FAULT", text=text), None)
         if answer is not None:
+            waiting = self._waiting.get(client)
+            if waiting is not None and waiting.id == request.id:
+                del self._waiting[client]
             _send(peer, encoding, answer)
             return
         # One ask of a client waits at a time. Sent again, perhaps over a new connection, its answer goes there.

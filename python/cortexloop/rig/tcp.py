@@ -198,9 +198,13 @@ class Listener:
                 return
             except OSError:  # gone before it was accepted, or no file descriptors left
                 return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            except OSError:  # some systems say so when the client has left already
+                sock.close()
+                continue
             connection = Connection(sock, self._limits)
             if len(self._connections) >= self._limits.clients:
                 connection.dismiss("BUSY", f"{self._limits.clients} clients are connected already")

@@ -40,8 +40,8 @@ def example(
     with bad_input():
         out.mkdir(parents=True, exist_ok=True)
         try:
-            with target.open("xb") as file:
-                file.write(files[name].read_bytes())
+            with target.open("xb") as written:
+                written.write(files[name].read_bytes())
         except FileExistsError as error:
             raise BadInputError(f"{str(target)!r} exists already") from error
     stdout().print(escape(str(target)), soft_wrap=True)

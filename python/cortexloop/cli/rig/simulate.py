@@ -19,6 +19,7 @@ from cortexloop.cli.parameters import Json
 from cortexloop.cli.rig import rig
 
 if TYPE_CHECKING:
+    from cortexloop.realtime.source import Source
     from cortexloop.rig.simulated import DayReport, Neurons
     from cortexloop.rig.simulated.report import GenerationRow
 
@@ -64,7 +65,8 @@ def simulate(
 ) -> None:
     """Run a session with simulated display, acquisition and neurons; exit code 1 if a response was lost or wrong.
 
-    With --config, neurons get the names of the units that the configuration scores, unless they have them already.
+    With --config, neurons get the names of the units that the configuration scores, unless they have them already; with
+    --address, too, it says which units score a stream of the server.
     """
     from cortexloop.rig.simulated import DAYS
 
@@ -86,6 +88,8 @@ def simulate(
         print_json(_plain(found))
     else:
         _print(found, day)
+        if address is not None and config is None:
+            stdout().print("means are over all units; with --config, over those that score a stream", soft_wrap=True)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -122,6 +126,9 @@ def _in_process(
                     raise ValueError(f"--neuron should be one of {', '.join(neurons.units[:20])}, got {unit!r}")
                 settings, sources, references = example(unit, generations=generations or 20, seed=seed)
                 kept, batches = None, None
+
+                def again() -> dict[str, Source]:
+                    return example(unit, generations=generations or 20, seed=seed)[1]
             else:
                 from cortexloop.rig.config import build, load
 
@@ -130,9 +137,13 @@ def _in_process(
                 neurons = _neurons(models, [unit for stream in settings.streams for unit in stream.units], seed)
                 sources, references = build(found)
                 batches = generations
+
+                def again() -> dict[str, Source]:
+                    return build(found)[0]
+
         try:
             return run(place, settings, sources, references, neurons, DAYS[day], seed=seed, batches=batches,
-                       config=kept, on_generation=tell)  # fmt: skip
+                       config=kept, sources_again=again, on_generation=tell)  # fmt: skip
         except FileExistsError as error:
             raise BadInputError(f"{str(place)!r} has a session already; choose another --folder") from error
     except JournalError as error:
@@ -230,6 +241,7 @@ def _print(found: DayReport, day: str) -> None:
         ("messages lost and sent again", str(found.resent)),
         ("messages that came twice", str(found.repeated)),
         ("acquisition messages lost", str(found.packets_lost)),
+        ("server killed", str(found.server_crashes)),
         ("program, acquisition started anew", f"{found.client_restarts}, {found.acquisition_restarts}"),
     ]
     rows += [

@@ -29,6 +29,8 @@ class Day:
         client_restart_every: the rig's program crashes in the middle of a batch and is started again.
         acquisition_restart_every: the acquisition program is started again, and its clock and numbers from 0.
         silence_every, silence_s: the rig's program hangs, without a sign of life.
+        server_crashes: requests at which the server is killed, before or after they took effect; it is started again
+            two seconds later.
         gain_drift: how much the neurons' gain changes over a day, as a share.
     """
 
@@ -59,6 +61,7 @@ class Day:
     acquisition_restart_every: int = 0
     silence_every: int = 0
     silence_s: float = 0.0
+    server_crashes: float = 0.0
     gain_drift: float = 0.05
 
 
@@ -83,6 +86,7 @@ DAYS: dict[str, Day] = {
         acquisition_restart_every=9,
         silence_every=11,
         silence_s=4.0,
+        server_crashes=0.004,
         display_ppm=120.0,
         gain_drift=0.3,
     ),

@@ -88,8 +88,8 @@ class DayReport:
         batches: by kind.
         session_s: how long it took, in the world's time.
         requests, resent, repeated: messages; those sent again because no answer came; those that came once more.
-        client_restarts, acquisition_restarts, clock_steps, silences, resumed: mishaps, and how often the experimenter
-            had to let the session go on.
+        server_crashes, client_restarts, acquisition_restarts, clock_steps, silences, resumed: mishaps, and how often
+            the experimenter had to let the session go on.
         packets_lost: messages of the acquisition.
         late_spikes: that came after their window could have been counted.
         steps_found: steps of clocks that the session noticed; a restarted acquisition is one, too.
@@ -111,6 +111,7 @@ class DayReport:
     requests: int = 0
     resent: int = 0
     repeated: int = 0
+    server_crashes: int = 0
     client_restarts: int = 0
     acquisition_restarts: int = 0
     clock_steps: int = 0

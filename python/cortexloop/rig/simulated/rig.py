@@ -172,6 +172,7 @@ class SimulatedRig:
             self._last_word = self._world.now_ns()
             if isinstance(reply, m.Error) and reply.code == "NO_HELLO" and not isinstance(request, m.Hello):
                 self._greet()
+                self._last_sync = None  # another server, which has not heard of the clocks yet
                 continue
             return reply, raw
         raise RefusedError(f"no answer to a {type(request).__name__.lower()} that was sent {_ATTEMPTS} times")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def simulate(
     seed: int = 0,
     batches: int | None = None,
     config: dict[str, Any] | None = None,
+    sources_again: Callable[[], Mapping[str, Source]] | None = None,
     on_generation: Callable[[GenerationRow], None] | None = None,
 ) -> DayReport:
     """A day at the rig, faster than life. The same arguments give the same day, bit for bit.
@@ -45,6 +47,7 @@ def simulate(
         seed: of the rig.
         batches: how many are shown; until the sources are finished if None.
         config: to be kept in the journal.
+        sources_again: makes the sources anew, as they were at first, for a server that was killed; it never is if None.
         on_generation: called when a generation is told.
 
     Raises:
@@ -64,10 +67,25 @@ def simulate(
         slow = day.slow_every and jobs[0] % day.slow_every == 0
         return day.slow_ms if slow else float(rng.gamma(4.0, day.compute_ms / 4.0))
 
+    def restart(killed: Session) -> tuple[Session, SlowExecutor]:
+        assert sources_again is not None
+        on_disk = folder.with_name(f"{folder.name}.killed")
+        shutil.copytree(folder, on_disk)  # before the session is closed, which a killed one is not
+        killed.close()
+        shutil.rmtree(folder)
+        on_disk.rename(folder)
+        executor = SlowExecutor(clock, takes_ms)
+        again = sources_again()
+        return (
+            Session.resume(folder, settings, again, references, config=config, clock=clock, executor=executor),
+            executor,
+        )
+
     executor = SlowExecutor(clock, takes_ms)
     session = Session.create(folder, settings, sources, references, config=config, clock=clock, executor=executor)
-    with session:
-        world = SimulatedWorld(session, clock, executor, day, seed)
+    may_crash = None if sources_again is None else restart
+    world = SimulatedWorld(session, clock, executor, day, seed, restart=may_crash)
+    try:
         rig = SimulatedRig(
             world,
             world,
@@ -78,7 +96,9 @@ def simulate(
             on_generation=on_generation,
         )
         report = rig.run(batches)
-        report.repeated = world.repeated
+    finally:
+        world.session.close()
+    report.repeated, report.server_crashes = world.repeated, world.crashes
     check_journal(report, folder, rig.acknowledged, rig.light_ns, (day.light_ms, day.light_jitter_ms))
     return report
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from cortexloop.realtime.clock import ManualClock
-from cortexloop.realtime.messages import Reply, Request
+from cortexloop.realtime.messages import Error, Hello, Reply, Request
 from cortexloop.realtime.session import Outgoing, Session
 from cortexloop.rig.client import RigClient
 from cortexloop.rig.links import ClientLink, Link
@@ -165,9 +165,10 @@ class SimulatedWorld:
         session: made with `clock` and `executor`.
         clock: the world's time.
         executor: the session's.
-        day: how slow and unreliable the network is.
+        day: how slow and unreliable network and server are.
         seed: of its mishaps.
         timeout_s: how long a client waits for a reply that got lost.
+        restart: kills the session and starts it again, from what is on disk; None: it never crashes.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class SimulatedWorld:
         day: Day,
         seed: int = 0,
         timeout_s: float = 0.5,
+        restart: Callable[[Session], tuple[Session, SlowExecutor]] | None = None,
     ) -> None:
         self.session, self.client = session, ""
         self._clock, self._executor, self._day = clock, executor, day
@@ -185,8 +187,12 @@ class SimulatedWorld:
         self._timeout_ns = round(timeout_s * 1e9)
         self._arrived: dict[str, Outgoing] = {}
         self._again: list[tuple[str, Request, bytes | None]] = []
+        self._restart = restart
+        self._greeted: set[str] = set()
         self.repeated = 0
         """Requests that came once more."""
+        self.crashes = 0
+        """How often the server was killed."""
 
     def now_ns(self) -> int:
         """See `World`."""
@@ -208,13 +214,14 @@ class SimulatedWorld:
         self._travel()
         if self._rng.random() < self._day.lost_messages / 2:
             self._wait_in_vain()
+        self._crash_perhaps()
         if self._again and self._rng.random() < 0.5:
             late = self._again.pop(0)
             self.repeated += 1
-            self.session.handle(*late)
+            self._handle(*late)
         if self._rng.random() < self._day.repeated_messages:
             self._again.append((self.client, request, raw))
-        reply = self.session.handle(self.client, request, raw)
+        reply = self._handle(self.client, request, raw)
         while reply is None:
             now = self.now_ns()
             due = self._next_ns(now)
@@ -224,10 +231,30 @@ class SimulatedWorld:
             reply = self._arrived.pop(self.client, None)
             if reply is not None and reply.message.id != request.id:
                 reply = None  # to an earlier ask, which came once more
+        self._crash_perhaps()
         if self._rng.random() < self._day.lost_messages / 2:
             self._wait_in_vain()
         self._travel()
         return reply.message, reply.buffer
+
+    def _handle(self, client: str, request: Request, raw: bytes | None) -> Outgoing | None:
+        """As a server does: nothing before a hello."""
+        if isinstance(request, Hello):
+            self._greeted.add(client)
+        elif client not in self._greeted:
+            return Outgoing(Error(id=request.id, code="NO_HELLO", text="say hello first", retry=True))
+        return self.session.handle(client, request, raw)
+
+    def _crash_perhaps(self) -> None:
+        """The server is killed, and whoever waits for a reply waits in vain."""
+        if self._restart is None or self._rng.random() >= self._day.server_crashes / 2:
+            return
+        self.crashes += 1
+        self.session, self._executor = self._restart(self.session)
+        self._greeted.clear()
+        self._arrived.clear()
+        self.until(self.now_ns() + 2_000_000_000)
+        raise TimeoutError("the server was killed")
 
     def _travel(self) -> None:
         """One way through the network."""
