@@ -683,7 +683,7 @@ class Session:
         try:
             self.known.apply(record)
         except Exception as error:
-            # A bug. Journal and state no longer agree, so nothing may follow from the state; a restart reads the journal.
+            # A bug. Journal and state no longer agree, so nothing may follow from it; a restart reads the journal.
             self.known.fault = (
                 f"a record could not be applied: {type(error).__name__}: {error}; start the session again"
             )
