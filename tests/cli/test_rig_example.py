@@ -25,4 +25,4 @@ def test_examples_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_unknown_examples_are_refused(capsys: pytest.CaptureFixture[str]):
     assert run(["rig", "example", "nwb.toml"]) == 2
-    assert "there is no example 'nwb.toml'; there are client.py" in capsys.readouterr().err
+    assert "there is no example 'nwb.toml'; there are RigClient.m, client.py, " in capsys.readouterr().err

@@ -201,3 +201,25 @@ def test_folders_are_served_beside_the_network(config: Path, tmp_path: Path):
     service.stop()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_line_for_each_change(capsys: pytest.CaptureFixture[str]):
+    from cortexloop.cli.rig.serve import _Line
+    from cortexloop.realtime import messages as m
+
+    def status(told: int, generation: int, mean: float | None, stale: bool = False) -> m.StatusReply:
+        stream = m.StreamStatus(name="e", generation=generation, best=mean, mean=mean, finished=False, ready=True)
+        return m.StatusReply(
+            id="1", session="s", state="running", text="", streams=[stream], reference_mean=None, open_batches=[],
+            batches=1, told=told, deadline_misses=0, reshown=2, late=0, gaps=0, clock_uncertainty_us=None,
+            links=[m.Link(client="ptb", roles=[], last_heard_s=9.0, stale=stale)], disk_free_bytes=1, last_sync_ms=1.0,
+        )  # fmt: skip
+
+    tell = _Line()
+    for state in (status(1, 0, None), status(2, 0, None), status(3, 1, 2.5), status(4, 1, 2.5, True)):
+        tell(state)
+    assert capsys.readouterr().out.splitlines() == [
+        "running; e generation 0; 2 shown again; 1 responses",
+        "running; e generation 1 mean 2.5 best 2.5; 2 shown again; 3 responses",
+        "running; e generation 1 mean 2.5 best 2.5; 2 shown again; not heard: ptb; 4 responses",
+    ]

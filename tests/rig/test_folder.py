@@ -287,6 +287,37 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path):
         assert precious.exists()
 
 
+def test_scores_wait_for_a_session_that_cannot_take_them(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A full disk, for example: the file stays where it is, and one line says why."""
+    with make_session(tmp_path / "session") as session:
+        rig = folder_rig(session, tmp_path)
+        rig.step()
+        request, asked = rig._link.request, []
+
+        def faulty(message: m.Request, buffer: Any = None) -> Any:
+            if not isinstance(message, m.Tell):
+                return request(message, buffer)
+            asked.append(message.id)
+            return m.Error(id=message.id, code="FAULT", text="no space left"), None
+
+        rig._link.request = faulty
+        path = tmp_path / "scores" / "block000.json"
+        write_json(path, [x.file for x in rig._block.files], [1.0] * 6)
+        for _ in range(30):
+            assert not rig.step()
+            time.sleep(0.01)
+        assert path.exists()
+        assert 1 <= len(asked) <= 3
+        assert len(set(asked)) == 1
+        assert [record.message for record in caplog.records] == [
+            "the scores block000.json are not taken yet: no space left"
+        ]
+        rig._link.request = request
+        time.sleep(0.25)
+        assert rig.step()
+        assert session.status().told == 6
+
+
 def test_bitmaps_and_names_that_no_file_may_have(tmp_path: Path):
     items = [m.Item(item_id="a/../b:c", kind="gen", sha="0" * 16)]
     batch = m.Batch(

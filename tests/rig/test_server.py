@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import struct
 import time
@@ -457,6 +458,27 @@ def test_connections_are_counted_and_strangers_do_not_stay():
         assert read_all(second) == b""
         with client(server, "tcp") as rig:
             rig.heartbeat()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux shows them")
+def test_clients_that_come_and_go_leave_nothing_behind():
+    with serving(FakeSession()) as server:
+        for transport in TRANSPORTS:
+            client(server, transport).close()
+        with client(server, "tcp") as rig:
+            rig.heartbeat()
+            before = len(os.listdir("/proc/self/fd"))
+            for number in range(60):
+                stream = raw(server)
+                if number % 2:
+                    stream.sendall(framed(encode(m.Hello(id="h", client=f"c{number}")))[: 20 + number])
+                stream.close()
+                with client(server, TRANSPORTS[number % 2]) as other:
+                    other.heartbeat()
+            until = time.monotonic() + 5
+            while len(os.listdir("/proc/self/fd")) > before:
+                assert time.monotonic() < until, "connections stay open"
+                rig.heartbeat()
 
 
 def test_zeromq_clients_beyond_the_number_say_hello_again():

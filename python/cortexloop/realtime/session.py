@@ -284,7 +284,7 @@ class Session:
         self._journal.append(record)
         self._sync()
         self._changed = True
-        self.known.apply(record)
+        self._apply(record)
         self._follow_up()
         return Outgoing(self.known.acks[request.id])
 
@@ -699,7 +699,18 @@ class Session:
     def _write(self, record: r.Record) -> None:
         """Append and apply; `_sync` before anything that follows from it leaves the process."""
         self._journal.append(record)
-        self.known.apply(record)
+        self._apply(record)
+
+    def _apply(self, record: r.Record) -> None:
+        """Change the state as a record says that the journal has."""
+        try:
+            self.known.apply(record)
+        except Exception as error:
+            # A bug. Journal and state no longer agree, so nothing may follow from it; a restart reads the journal.
+            self.known.fault = (
+                f"a record could not be applied: {type(error).__name__}: {error}; start the session again"
+            )
+            raise
 
     def _sync(self) -> None:
         self.last_sync_ms = self._journal.sync()

@@ -109,6 +109,7 @@ class FolderRig:
         self._block: Block | None = None
         self._after: str | None = None
         self._next_ask = self._next_beat = 0.0
+        self._said = ""
         self._partial = self.images / ".partial"
         for folder in (self.images, self.scores, self._partial):
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,12 @@ class FolderRig:
             self._link.request(m.Heartbeat(id=self._id()))
         return self._look(self._block)
 
+    def _say(self, text: str) -> None:
+        """Log something once, however often it is tried again."""
+        if text != self._said:
+            self._said = text
+            log.warning("%s", text)
+
     def _id(self) -> str:
         self._count += 1
         return f"{self._prefix}-{self._count}"
@@ -160,8 +167,8 @@ class FolderRig:
         reply, buffer = self._link.request(m.Ask(id=self._id(), after=self._after, within_ms=_LONGEST_MS))
         if isinstance(reply, m.Error):
             self.finished = reply.code == "FINISHED"
-            if not (reply.retry or self.finished):
-                log.error("the session gives no images: %s", reply.text)
+            if not self.finished:
+                self._say(f"the session gives no images: {reply.text}")
             self._next_ask = time.monotonic() + _PATIENCE_S
             return False
         assert isinstance(reply, m.Batch)
@@ -241,6 +248,8 @@ class FolderRig:
     # ------------------------------------------------------------------------------------ scores in
 
     def _look(self, block: Block) -> bool:
+        if time.monotonic() < self._next_ask:
+            return False
         for suffix in SUFFIXES:
             path = self.scores / f"block{block.number:03d}{suffix}"
             try:
@@ -278,7 +287,7 @@ class FolderRig:
         reply, _ = self._link.request(tell, data)
         if isinstance(reply, m.Error):
             if reply.retry or reply.code == "FAULT":
-                log.error("the scores %s are not taken: %s", path.name, reply.text)
+                self._say(f"the scores {path.name} are not taken yet: {reply.text}")
                 self._next_ask = time.monotonic() + _PATIENCE_S
             else:
                 self._reject(block, path, mark, f"{reply.code}: {reply.text}")

@@ -73,22 +73,25 @@ def _tell_where(service: Service, resumed: bool) -> None:
 
 
 class _Line:
-    """One line whenever the state of a session has changed."""
+    """One line on a terminal, written over each time; elsewhere one for each change but the count of responses."""
 
     def __init__(self) -> None:
         self._last = ""
 
     def __call__(self, status: StatusReply) -> None:
+        console = stdout()
         streams = ", ".join(
             f"{s.name} generation {s.generation}" + ("" if s.mean is None else f" mean {s.mean:.3g} best {s.best:.3g}")
             for s in status.streams
         )
-        parts = [status.state + (f" ({status.text})" if status.text else ""), streams, f"{status.told} responses"]
+        parts = [status.state + (f" ({status.text})" if status.text else ""), streams]
         for count, word in ((status.reshown, "shown again"), (status.deadline_misses, "deadlines missed")):
             parts += [f"{count} {word}"] if count else []
         lost = [link.client for link in status.links if link.stale]
         parts += [f"not heard: {', '.join(lost)}"] if lost else []
-        line = "; ".join(parts)
-        if line != self._last:
+        line, told = "; ".join(parts), f"; {status.told} responses"
+        if console.is_terminal:
+            console.print(escape((line + told)[: console.width - 1].ljust(console.width - 1)), end="\r")
+        elif line != self._last:
             self._last = line
-            stdout().print(escape(line), soft_wrap=True)
+            console.print(escape(line + told), soft_wrap=True)
