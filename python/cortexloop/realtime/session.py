@@ -535,7 +535,7 @@ class Session:
         written = False
         for stream in self.known.streams.values():
             written = self._follow_up_stream(stream) or written
-            if self.known.fault is not None:
+            if self.state == "fault":
                 return
         if written:
             self._sync()
