@@ -126,24 +126,29 @@ def with_part(document: str, name: str, text: str) -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if document.count(begin) != 1 or document.count(end) != 1:
-        raise ValueError(f"{DOCUMENT.name} needs the markers {begin} and {end} once each")
+        raise ValueError(f"the document needs the markers {begin} and {end} once each")
     before, rest = document.split(begin)
     return f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
 
 
 def finish(
-    name: str, rows: Sequence[Result], text: Callable[[Sequence[Mapping[str, str]]], str], chosen: Options
+    name: str,
+    rows: Sequence[Result],
+    text: Callable[[Sequence[Mapping[str, str]]], str],
+    chosen: Options,
+    document: Path = DOCUMENT,
 ) -> None:
     """Print the table, and write numbers and table if asked to.
 
     Args:
         text: rows as they are read from the CSV -> the table.
+        document: in which the table has its markers.
     """
     as_read = [{k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
     print(text(as_read))
     if chosen.write:
         write_results(name, rows)
-        DOCUMENT.write_text(with_part(DOCUMENT.read_text(encoding="utf-8"), name, text(as_read)), encoding="utf-8")
+        document.write_text(with_part(document.read_text(encoding="utf-8"), name, text(as_read)), encoding="utf-8")
 
 
 def median(values: Sequence[float] | NDArray[np.floating] | torch.Tensor) -> float:

@@ -5,7 +5,7 @@
     scores = cl.responses(images, bank)                        # uint8 [B, H, W, 3] -> float32 [B, N]
     uphill = cl.input_gradient(images, bank, np.ones_like(scores))
 
-Submodules `attribution`, `evolve`, `factor`, `features`, `io`, `metrics`, `models`, `readouts`, `regression`,
+Submodules `attribution`, `evolve`, `factor`, `features`, `io`, `metrics`, `models`, `readouts`, `regression`, `rig`,
 `screening`, `synthesis` and `testing` are imported when first used.
 """
 
@@ -41,6 +41,7 @@ _LAZY = (
     "models",
     "readouts",
     "regression",
+    "rig",
     "screening",
     "synthesis",
     "testing",

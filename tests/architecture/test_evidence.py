@@ -10,10 +10,12 @@ import pytest
 from project import ROOT
 
 EXPERIMENTS = {
-    "recovery": "evidence_recovery",
-    "v4-sessions": "evidence_sessions",
-    "optimal-images": "evidence_images",
-    "shared-features": "evidence_saliency",
+    "recovery": ("evidence_recovery", "text", "factor-models.md"),
+    "v4-sessions": ("evidence_sessions", "text", "factor-models.md"),
+    "optimal-images": ("evidence_images", "text", "factor-models.md"),
+    "shared-features": ("evidence_saliency", "text", "factor-models.md"),
+    "rig-kills": ("evidence_rig", "kills_text", "rig.md"),
+    "rig-latency": ("evidence_rig", "latency_text", "rig.md"),
 }
 
 
@@ -28,9 +30,10 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_tables_of_the_guide_are_made_from_recorded_numbers(benchmarks: Path, name: str):
     evidence = importlib.import_module("evidence")
-    experiment = importlib.import_module(EXPERIMENTS[name])
-    document = evidence.DOCUMENT.read_text(encoding="utf-8")
-    assert evidence.with_part(document, name, experiment.text(evidence.read_results(name))) == document
+    experiment, function, guide = EXPERIMENTS[name]
+    text = getattr(importlib.import_module(experiment), function)
+    document = (ROOT / "docs" / guide).read_text(encoding="utf-8")
+    assert evidence.with_part(document, name, text(evidence.read_results(name))) == document
 
 
 def test_area_under_the_curve(benchmarks: Path, rng: np.random.Generator):

@@ -20,6 +20,8 @@ from cortexloop.cli.console import (
 )
 from cortexloop.cli.factor_models import fit, saliency
 from cortexloop.cli.parameters import Backend, Images, Json, Models, Neurons, Precision, Resize, SkipBad, Threads
+from cortexloop.cli.rig import rig
+from cortexloop.cli.rig.serve import serve
 
 app = typer.Typer(
     name="cortexloop",
@@ -316,6 +318,8 @@ def _given(context: typer.Context) -> Iterator[str]:
 
 app.command()(fit)
 app.command()(saliency)
+app.command()(serve)
+app.add_typer(rig)
 
 
 @app.command()
